@@ -1,0 +1,149 @@
+"""Orthonormal bases: QR reparameterisation, Cholesky-QR, and how to measure a basis.
+
+A basis Q [D,R] has orthonormal columns. It is parameterised by a weight W of the same shape as
+Q = qf(W), the Q factor of the QR decomposition whose R factor has a positive diagonal. That sign
+makes qf one function on full-rank matrices, continuous and differentiable there. After each
+optimizer step the weight is replaced by its own Q (`optim.retract_bases`), so its condition number
+is one whenever it is factorised.
+
+All functions take leading axes, so that the bases of all layers are prepared in one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from emoe_jax.config import BASIS_METHODS, require, require_choice
+
+Array = jax.Array
+Tree = Any
+
+BASIS_KEY = "basis"
+"""Name under which every module keeps its basis weight [...,D,R] in the tree of parameters."""
+
+_HIGHEST = lax.Precision.HIGHEST
+
+
+def qr(weight: Array) -> Array:
+    """Sign-fixed QR factor of a weight.
+
+    Args:
+        weight: [...,D,R] float32 with R <= D, of full column rank.
+
+    Returns:
+        Q [...,D,R] with QᵀQ = I and QᵀW upper triangular with positive diagonal.
+    """
+    q, r = jnp.linalg.qr(weight)
+    diagonal = jnp.diagonal(r, axis1=-2, axis2=-1)
+    sign = jnp.where(diagonal < 0, -1.0, 1.0).astype(weight.dtype)
+    return q * sign[..., None, :]
+
+
+def cholesky_qr(weight: Array) -> Array:
+    """The same factor as `qr` by Cholesky-QR done twice (CholeskyQR2, Yamamoto et al. 2015).
+
+    Two Gram matrices, two R×R Cholesky factors and two triangular solves in place of Householder
+    reflections. The rounding error grows with the square of the condition number: meant for
+    weights near orthonormal, NaN in float32 from a condition number of about 1e4.
+
+    Args:
+        weight: [...,D,R] float32 with R <= D.
+
+    Returns:
+        Q [...,D,R].
+    """
+    return _cholesky_pass(_cholesky_pass(weight))
+
+
+def _cholesky_pass(weight: Array) -> Array:
+    lower = jnp.linalg.cholesky(_gram(weight))
+    return lax.linalg.triangular_solve(
+        lower, weight, left_side=False, lower=True, transpose_a=True
+    )
+
+
+def _gram(weight: Array) -> Array:
+    return jnp.einsum("...dr,...ds->...rs", weight, weight, precision=_HIGHEST)
+
+
+def orthonormalize(weight: Array, method: str = "qr") -> Array:
+    """Q factor of a weight by the chosen method; differentiable.
+
+    With "cholesky_qr" a weight that is not near orthonormal (an eigenvalue of WᵀW further than
+    one half from 1, bounded by the Frobenius norm of WᵀW - I) takes Householder QR instead, so that
+    no learning rate can make it NaN.
+
+    Args:
+        weight: [...,D,R] float32, R <= D.
+        method: "qr", "cholesky_qr", or "retraction", which factorises as "qr" does and differs
+            only in that `prepare_bases` leaves it out of the forward pass.
+
+    Returns:
+        Q [...,D,R].
+
+    Raises:
+        ValueError: R > D, or an unknown method.
+    """
+    require_choice("basis.method", method, BASIS_METHODS)
+    D, R = weight.shape[-2:]
+    require(R <= D, f"rank R={R} is more than width D={D}; set basis.rank to {D} or less")
+    if method != "cholesky_qr":
+        return qr(weight)
+    gap = _gram(lax.stop_gradient(weight)) - jnp.eye(R, dtype=weight.dtype)
+    near = jnp.all(jnp.sum(jnp.square(gap), axis=(-2, -1)) < 0.25)
+    return lax.cond(near, cholesky_qr, qr, weight)
+
+
+def is_basis(path: tuple[Any, ...]) -> bool:
+    """Whether a path of `jax.tree_util` ends in a basis weight."""
+    return bool(path) and getattr(path[-1], "key", None) == BASIS_KEY
+
+
+def map_bases(function: Callable[[Array], Array], tree: Tree) -> Tree:
+    """Applies a function to every basis in a tree of parameters, leaves the rest as it is."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: function(leaf) if is_basis(path) else leaf, tree
+    )
+
+
+def prepare_bases(params: Tree, method: str = "qr") -> Tree:
+    """Replaces every basis weight of a model by its orthonormal factor, once for all layers.
+
+    Differentiable: `loss(prepare_bases(params))` is the reparameterised loss. A training step calls
+    it once, outside the microbatch loop and remat, and pulls the accumulated gradients back through
+    it once. With "retraction" it is the identity: the optimizer keeps the weight orthonormal.
+
+    Args:
+        params: nested dict of arrays; leaves named "basis" [...,D,R].
+        method: see `orthonormalize`.
+
+    Returns:
+        The tree with prepared bases.
+    """
+    require_choice("basis.method", method, BASIS_METHODS)
+    if method == "retraction":
+        return params
+    return map_bases(lambda weight: orthonormalize(weight, method), params)
+
+
+def orthonormality_error(basis: Array) -> Array:
+    """max |QᵀQ - I| of a basis [...,D,R], shape [...]."""
+    gap = _gram(basis) - jnp.eye(basis.shape[-1], dtype=basis.dtype)
+    return jnp.max(jnp.abs(gap), axis=(-2, -1))
+
+
+def drift(before: Array, after: Array) -> Array:
+    """Distance between the subspaces of two bases [D,R]: ‖QQᵀ - Q'Q'ᵀ‖_F / sqrt(2R), in [0,1].
+
+    0 for the same subspace, 1 for orthogonal ones. Computed from the R×R product QᵀQ', whose
+    Frobenius norm gives ‖QQᵀ - Q'Q'ᵀ‖² = 2R - 2‖QᵀQ'‖².
+    """
+    R = before.shape[-1]
+    overlap = jnp.einsum("...dr,...ds->...rs", before, after, precision=_HIGHEST)
+    share = jnp.sum(jnp.square(overlap), axis=(-2, -1)) / R
+    return jnp.sqrt(jnp.maximum(1.0 - share, 0.0))

@@ -1,0 +1,490 @@
+"""Checkpoints of a training run: asynchronous, sharded, checked when they are read.
+
+A checkpoint is one step of one run. Orbax's `CheckpointManager` writes it in the background, each
+process its own shards, into a temporary folder which is renamed when everything is on the disk
+(on Google Cloud Storage: marked with a commit file), so a partial one is never listed. Two items
+are stored: `state`, the arrays, and `run`, one JSON object with the data position, the caller's
+`meta` and a digest of every array. Orbax keeps no checksum of array data; the digests make a
+damaged disk an error and not a silently different model.
+
+A train state is a plain nested dict of `jax.Array`. Tuples, lists, None and objects such as optax
+states are refused: the caller turns them into dicts, so that no library's classes are needed to
+read a checkpoint. Keys are non-empty strings without "." or "/", which join names on the disk and
+in messages. Empty dicts are allowed and not compared.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers as policies
+
+Tree = dict[str, Any]
+
+_STATE = "state"
+_RUN = "run"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or what was read is not what was written."""
+
+
+class CheckpointMismatch(ValueError):  # noqa: N818  (the public name says what is wrong)
+    """A checkpoint holds arrays of other names, shapes or dtypes than the model that asks."""
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a checkpoint held.
+
+    Attributes:
+        train_state: nested dict of arrays on the shardings that were asked for.
+        data_state: this process's data position; None after a partial restore.
+        meta: the JSON object given to `Checkpoints.save`.
+    """
+
+    train_state: Tree
+    data_state: bytes | None
+    meta: Tree
+
+
+class Checkpoints:
+    """The checkpoints of one run, in one directory; a context manager.
+
+    Every process of a run makes one and calls the same methods in the same order. Only one run may
+    write to a directory at a time; programs that look on while it trains open it `read_only`.
+
+    Args:
+        directory: where the steps lie; made if absent. A local path or a `gs://` address.
+        every: `save` writes at multiples of this many steps (and when the machine announces its
+            preemption, and when forced).
+        keep_last: how many of the newest steps are kept.
+        keep_best: how many of the best steps are kept besides; True is 1, False or 0 is none.
+        best_metric: the name among `save`'s metrics that decides; lower is better.
+        read_only: write and delete nothing, not even the rests of interrupted saves.
+
+    Raises:
+        ValueError: a count is out of range.
+        FileNotFoundError: `read_only`, and there is no such directory.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        every: int,
+        keep_last: int = 3,
+        keep_best: bool | int = 1,
+        best_metric: str = "eval/loss",
+        read_only: bool = False,
+    ) -> None:
+        counts = {"every": (every, 1), "keep_last": (keep_last, 1), "keep_best": (keep_best, 0)}
+        for name, (value, least) in counts.items():
+            if value < least:
+                raise ValueError(f"{name}={value} must be at least {least}.")
+        path = os.fspath(directory)
+        self._every = every
+        self._read_only = read_only
+        self._best_metric = best_metric
+        self._pending: int | None = None
+        self._manager = ocp.CheckpointManager(
+            path if "://" in path else os.path.abspath(os.path.expanduser(path)),
+            options=_options(every, keep_last, int(keep_best), self._badness, read_only),
+            handler_registry=_registry(),
+        )
+        self.directory = self._manager.directory
+        if not self.directory.exists():
+            raise FileNotFoundError(
+                f"There are no checkpoints at {self.directory}: the folder does not exist. "
+                "Give the --workdir of a run that has saved."
+            )
+
+    def __enter__(self) -> Checkpoints:
+        """Returns itself."""
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Closes; a failed save is raised unless another error is already on its way."""
+        try:
+            self.close()
+        except CheckpointError:
+            if error is None:
+                raise
+
+    def save(
+        self,
+        step: int,
+        train_state: Tree,
+        *,
+        data_state: bytes,
+        meta: Tree,
+        metrics: Mapping[str, float] | None = None,
+        force: bool = False,
+    ) -> bool:
+        """Starts to write a checkpoint if one is due; the arrays may be donated afterwards.
+
+        Call it after every step: a call that is not due costs nothing, and reports the failure of
+        an earlier save as soon as that has ended.
+
+        Args:
+            step: optimizer steps done so far.
+            train_state: nested dict of `jax.Array`; see the module's docstring.
+            data_state: this process's data position. Each process stores and gets back its own.
+            meta: any JSON object (NaN and infinity are refused; tuples come back as lists).
+            metrics: scalars that belong to the step. Non-finite ones are left out, so a run that
+                diverged is never the best.
+            force: write although `step` is no multiple of `every`.
+
+        Returns:
+            Whether a save was started. False when none is due or `step` is the latest already.
+
+        Raises:
+            ValueError: the tree or `meta` cannot be stored, or `step` lies before the latest.
+            CheckpointError: this save, or an earlier one in the background, failed.
+        """
+        if self._read_only:
+            raise ValueError(f"{self.directory} was opened read_only; nothing can be saved there.")
+        if self._pending is not None and not self._manager.is_saving_in_progress():
+            self.wait()
+        latest = self._manager.latest_step()
+        if latest is not None and step < latest and (force or step % self._every == 0):
+            raise ValueError(
+                f"Step {step} cannot be saved in {self.directory}, which holds step {latest} "
+                f"already. Resume from step {latest}, or use another --workdir."
+            )
+        if step == latest or not (force or self._manager.should_save(step)):
+            return False
+        arrays = _flatten(train_state, _check_array)
+        try:
+            json.dumps(meta, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"meta must be a JSON object: {error}.") from error
+        run = {"meta": meta, "data_state": _gather(data_state), "digests": _digests(arrays)}
+        finite = {k: float(v) for k, v in (metrics or {}).items() if math.isfinite(v)}
+        items = {_STATE: ocp.args.PyTreeSave(_nest(arrays)), _RUN: ocp.args.JsonSave(run)}
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=finite, force=True)
+        except Exception as error:
+            raise self._write_failure(step, error) from error
+        self._pending = step
+        return True
+
+    def all_steps(self) -> list[int]:
+        """Steps that are completely on the disk, ascending. Waits for a save in progress."""
+        self.wait()
+        return sorted(self._manager.all_steps())
+
+    def latest_step(self) -> int | None:
+        """The last complete step, or None. Waits for a save in progress."""
+        return max(self.all_steps(), default=None)
+
+    def best_step(self) -> int | None:
+        """The step of lowest `best_metric` (the later of equals); None if no step has it."""
+        scores = {step: self._badness(self._manager.metrics(step)) for step in self.all_steps()}
+        finite = {step: score for step, score in scores.items() if math.isfinite(score)}
+        return min(finite, key=lambda step: (finite[step], -step), default=None)
+
+    def restore_meta(self, step: int) -> Tree:
+        """The `meta` of a step, without its arrays.
+
+        Raises:
+            FileNotFoundError: no such step.
+            CheckpointError: the file is damaged.
+        """
+        return self._read_run(step)["meta"]
+
+    def restore(self, step: int, abstract: Tree, *, partial: bool = False) -> Restored:
+        """Reads a step onto the given shardings, whatever mesh wrote it.
+
+        Args:
+            step: one of `all_steps()`.
+            abstract: nested dict of `jax.ShapeDtypeStruct`, each with its sharding.
+            partial: read only the top-level entries (such as `params` and `router`) that are in
+                `abstract`; those must still agree entirely. `data_state` is then None.
+
+        Returns:
+            The arrays in the structure of `abstract`, the data position, and `meta`.
+
+        Raises:
+            FileNotFoundError: no such step.
+            ValueError: `abstract` is no such tree.
+            CheckpointMismatch: names, shapes or dtypes differ; all of them are listed. Nothing
+                has been read then.
+            CheckpointError: the stored data is damaged, or the data position is that of another
+                number of processes.
+        """
+        wanted = _flatten(abstract, _check_spec)
+        if not wanted:
+            raise ValueError("The abstract tree names no array; give the tree of the train state.")
+        run = self._read_run(step)
+        self._compare(step, wanted, partial)
+        data_state = None if partial else self._own_data_state(step, run["data_state"])
+        item = _nest(wanted)
+        args = ocp.args.PyTreeRestore(
+            item=item,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+            partial_restore=partial,
+        )
+        with self._reading(step):
+            tree = self._manager.restore(step, args=ocp.args.Composite(state=args))[_STATE]
+        arrays = _flatten(tree, _check_array)
+        changed = [k for k, v in _digests(arrays).items() if v != run["digests"][k]]
+        if changed:
+            raise self._read_failure(step, f"other bits than were saved in {', '.join(changed)}")
+        filled = jax.tree.map_with_path(
+            lambda path, _: arrays["/".join(part.key for part in path)], abstract
+        )
+        return Restored(filled, data_state, run["meta"])
+
+    def wait(self) -> None:
+        """Waits until the save in progress is complete.
+
+        Raises:
+            CheckpointError: it failed.
+        """
+        step, self._pending = self._pending, None
+        if step is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._write_failure(step, error) from error
+
+    def close(self) -> None:
+        """Waits, and frees the threads; the object cannot be used afterwards.
+
+        Raises:
+            CheckpointError: the save in progress failed.
+        """
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def _badness(self, metrics: Mapping[str, float] | None) -> float:
+        """The number that `best_metric` ranks by; infinity where it was not measured."""
+        return (metrics or {}).get(self._best_metric, math.inf)
+
+    def _read_run(self, step: int) -> Tree:
+        """The JSON object of a step."""
+        steps = self.all_steps()
+        if step not in steps:
+            raise FileNotFoundError(
+                f"There is no checkpoint of step {step} in {self.directory}; "
+                f"there are {steps or 'none'}. Choose one of them, or another --workdir."
+            )
+        with self._reading(step):
+            args = ocp.args.Composite(run=ocp.args.JsonRestore())
+            return dict(self._manager.restore(step, args=args)[_RUN])
+
+    def _compare(self, step: int, wanted: Mapping[str, Any], partial: bool) -> None:
+        """Raises CheckpointMismatch unless the stored names, shapes and dtypes are as wanted."""
+        with self._reading(step):
+            tree = self._manager.item_metadata(step)[_STATE].tree
+        stored = _flatten(tree, lambda name, leaf: None)
+        tops = {name.partition("/")[0] for name in wanted}
+        lines = []
+        for name in sorted(wanted.keys() | stored.keys()):
+            there, here = _spec(stored.get(name)), _spec(wanted.get(name))
+            if there != here and not (partial and name.partition("/")[0] not in tops):
+                lines.append(f"  {name}: {there} in the checkpoint, {here} in this model\n")
+        if lines:
+            raise CheckpointMismatch(
+                f"Step {step} in {self.directory} holds another model than this configuration "
+                f"describes ({len(lines)} differences):\n{''.join(lines)}"
+                "Use another --workdir, or the configuration that this one was made with."
+            )
+
+    def _own_data_state(self, step: int, states: list[str]) -> bytes:
+        """This process's data position. With another number of processes, only a common one."""
+        if len(states) == jax.process_count():
+            return base64.b64decode(states[jax.process_index()])
+        if len(set(states)) == 1:
+            return base64.b64decode(states[0])
+        raise CheckpointError(
+            f"Step {step} in {self.directory} was saved by {len(states)} processes, each at a data "
+            f"position of its own; this run has {jax.process_count()}. "
+            f"Resume with {len(states)} processes."
+        )
+
+    @contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """Whatever fails while a complete step is read is damage to it."""
+        try:
+            yield
+        except Exception as error:
+            raise self._read_failure(step, _first_line(error)) from error
+
+    def _write_failure(self, step: int, error: Exception) -> CheckpointError:
+        """The error of a failed save; forgets the step, which orbax had listed already."""
+        self._manager.reload()
+        kept = sorted(self._manager.all_steps())
+        try:
+            free = f"{shutil.disk_usage(os.fspath(self.directory)).free:,} bytes free"
+        except OSError:  # remote storage
+            free = "free bytes unknown"
+        return CheckpointError(
+            f"The checkpoint of step {step} could not be written to {self.directory} ({free}): "
+            f"{_first_line(error)}. "
+            f"The checkpoints of earlier steps {kept} are intact. Free space there, keep fewer "
+            "checkpoints, or use a --workdir on a larger disk, and start again to resume."
+        )
+
+    def _read_failure(self, step: int, reason: str) -> CheckpointError:
+        """The error of a checkpoint that is complete but cannot be used."""
+        others = [s for s in self.all_steps() if s != step]
+        return CheckpointError(
+            f"The checkpoint of step {step} in {self.directory} is damaged: {reason}. "
+            f"Remove the folder {self.directory / str(step)} and resume from another step "
+            f"({others or 'there is none'}), or copy it again from where it is sound."
+        )
+
+
+def _options(
+    every: int, keep_last: int, keep_best: int, badness: Callable[[Any], float], read_only: bool
+) -> ocp.CheckpointManagerOptions:
+    """Orbax's options; `badness` ranks metrics, the lowest being kept."""
+    if read_only:
+        # Given as orbax would set them: it logs a warning for each that it has to change.
+        return ocp.CheckpointManagerOptions(save_interval_steps=0, create=False, read_only=True)
+    due = [policies.FixedIntervalPolicy(every), policies.PreemptionCheckpointingPolicy()]
+    best = policies.BestN(get_metric_fn=badness, reverse=True, n=keep_best)
+    return ocp.CheckpointManagerOptions(
+        best_fn=badness,  # orbax stores metrics only where there is one
+        cleanup_tmp_directories=True,
+        save_decision_policy=policies.AnySavePolicy(due),
+        preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep_last), best]),
+    )
+
+
+def _registry() -> ocp.handlers.CheckpointHandlerRegistry:
+    """Names the two items, so that a new process can read what an earlier one wrote."""
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    for args in (ocp.args.PyTreeSave, ocp.args.PyTreeRestore):
+        registry.add(_STATE, args)
+    for args in (ocp.args.JsonSave, ocp.args.JsonRestore):
+        registry.add(_RUN, args)
+    return registry
+
+
+def _flatten(tree: Any, check: Callable[[str, Any], None], prefix: str = "") -> dict[str, Any]:
+    """Leaves by their path, such as `params/w`; `check(name, leaf)` raises on a wrong one."""
+    if not isinstance(tree, dict):
+        raise ValueError(f"A train state is a nested dict of arrays, and this is {type(tree)}.")
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        if not isinstance(key, str) or not key or "." in key or "/" in key:
+            raise ValueError(
+                f"The key {key!r} under '{prefix}' cannot name an array on the disk: use non-empty "
+                "strings without '.' and '/'."
+            )
+        if isinstance(value, dict):
+            leaves |= _flatten(value, check, f"{prefix}{key}/")
+            continue
+        check(prefix + key, value)
+        leaves[prefix + key] = value
+    return leaves
+
+
+def _nest(leaves: Mapping[str, Any]) -> Tree:
+    """The inverse of `_flatten`, without empty dicts."""
+    tree: Tree = {}
+    for name, leaf in leaves.items():
+        *parents, last = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
+
+
+def _check_array(name: str, leaf: Any) -> None:
+    """Refuses what orbax would refuse late, or store as something else."""
+    if not isinstance(leaf, jax.Array):
+        raise ValueError(
+            f"{name} is {type(leaf).__name__}, not a jax.Array: turn containers into dicts with "
+            "string keys, such as {'0': ...}, and numbers into arrays."
+        )
+    kinds = (jnp.floating, jnp.integer, jnp.bool_)
+    if not any(jnp.issubdtype(leaf.dtype, kind) for kind in kinds):
+        raise ValueError(
+            f"{name} has dtype {leaf.dtype}: store real numbers (jax.random.key_data of a key)."
+        )
+    if leaf.size == 0:
+        raise ValueError(f"{name} has shape {leaf.shape}; an array without elements is not stored.")
+
+
+def _check_spec(name: str, leaf: Any) -> None:
+    """A spec must say where the array goes: orbax would take the placement of the saving run."""
+    if not isinstance(leaf, jax.ShapeDtypeStruct) or leaf.sharding is None:
+        raise ValueError(
+            f"{name} is {leaf!r}; give a jax.ShapeDtypeStruct with shape, dtype and sharding."
+        )
+
+
+def _spec(leaf: Any) -> str:
+    """Shape and dtype as text, such as float32[3,4]; "absent" for None."""
+    if leaf is None:
+        return "absent"
+    return f"{np.dtype(leaf.dtype).name}[{','.join(str(n) for n in leaf.shape)}]"
+
+
+def _digests(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
+    """Digest of each array, the same for every sharding. Costs one pass over the memory."""
+    # One compiled call an array, as arrays of a state may lie on different sets of devices.
+    digests = {name: _digest(array) for name, array in arrays.items()}
+    return {name: int(digest) for name, digest in jax.device_get(digests).items()}
+
+
+@jax.jit
+def _digest(x: jax.Array) -> jax.Array:
+    """Sum over elements of (2·index + 1) · bit pattern, modulo 2**32.
+
+    Odd factors are invertible modulo 2**32, so a change of any one word changes the sum; unequal
+    factors make an exchange of two words change it (unless their difference times the distance
+    is a multiple of 2**31). Integer sums do not depend on order, hence not on sharding.
+    """
+    if x.dtype.itemsize == 8 or jnp.issubdtype(x.dtype, jnp.floating):
+        words = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
+        x = jax.lax.bitcast_convert_type(x, words)
+    bits = x.astype(jnp.uint32)
+    weight = jnp.ones(bits.shape, jnp.uint32)
+    stride = 2
+    for axis in reversed(range(bits.ndim)):
+        index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        weight += index * jnp.uint32(stride % 2**32)
+        stride *= bits.shape[axis]
+    return jnp.sum(bits * weight, dtype=jnp.uint32)
+
+
+def _gather(data_state: bytes) -> list[str]:
+    """Every process's data position, base64, in the order of the processes."""
+    if jax.process_count() == 1:
+        return [base64.b64encode(data_state).decode()]
+    sizes = np.ravel(multihost_utils.process_allgather(np.array([len(data_state)], np.int32)))
+    padded = np.zeros(max(int(sizes.max()), 1), np.uint8)
+    padded[: len(data_state)] = np.frombuffer(data_state, np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(padded))
+    return [
+        base64.b64encode(row[:size].tobytes()).decode()
+        for row, size in zip(rows, sizes, strict=True)
+    ]
+
+
+def _first_line(error: Exception) -> str:
+    """What failed, without tensorstore's dump of its configuration."""
+    text = (str(error).splitlines() or [""])[0].partition(" [tensorstore_spec=")[0]
+    return f"{type(error).__name__}: {text[:400]}"

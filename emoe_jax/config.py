@@ -1,0 +1,309 @@
+"""Frozen configurations of the library's parts: what a user sets, checked before anything is built.
+
+Sizes are written with the letters of the project: D width, E experts, K experts per token, R rank
+of the eigenbasis, F hidden width, H heads. Every class checks its own values when it is made and
+raises `ValueError` with the value, the limit and a remedy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+
+BASIS_METHODS = ("qr", "cholesky_qr", "retraction")
+DISPATCHERS = ("dense", "capacity", "dropless")
+ACTIVATIONS = ("swiglu", "gelu")
+REMAT = ("none", "full", "dots")
+DTYPES = ("float32", "bfloat16")
+SCORES = ("softmax", "sigmoid")
+ATTENTION = ("auto", "xla", "cudnn", "splash")
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises `ValueError(message)` unless `condition` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def require_choice(name: str, value: str, choices: Collection[str]) -> None:
+    """Raises `ValueError` unless `value` is one of `choices`."""
+    require(value in choices, f"{name}={value!r} is not known; choose one of {', '.join(choices)}")
+
+
+def require_positive(**values: float) -> None:
+    """Raises `ValueError` for the first of `values` that is not above zero."""
+    for name, value in values.items():
+        require(value > 0, f"{name}={value} must be above zero")
+
+
+@dataclasses.dataclass(frozen=True)
+class BasisConfig:
+    """The orthonormal basis [D,R] of an eigenbasis router.
+
+    Attributes:
+        rank: R, number of basis directions; at most the width D of the layer.
+        method: how the basis stays orthonormal. "qr": the basis is the sign-fixed QR factor of its
+            weight, gradients pass through the factorisation. "cholesky_qr": the same map, computed
+            by Cholesky-QR done twice. "retraction": gradients see the basis as a free matrix and
+            the optimizer's step is retracted by QR, as in the paper's code.
+    """
+
+    rank: int = 128
+    method: str = "qr"
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        require_positive(rank=self.rank)
+        require_choice("basis.method", self.method, BASIS_METHODS)
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterConfig:
+    """Options of the routers; None means the router's own default.
+
+    An option that the chosen router does not read must stay None: setting it is an error.
+
+    Attributes:
+        temperature: tau, divides the scores before the softmax (eigen, softmax, switch; default 1).
+        score: "softmax" or "sigmoid", maps scores to gates (loss_free; default "sigmoid").
+        renormalize: whether the gates of the K chosen experts are divided by their sum (softmax,
+            switch, loss_free; default False).
+        balance_weight: weight of the Switch balance loss (switch; default 0.01).
+        z_weight: weight of the router z-loss (softmax, switch; default 0).
+        bias_rate: u, the step of the selection bias (loss_free; default 0.001).
+        orthogonality_weight: lambda, weight of the orthogonality penalty (eigen; default 5e-4).
+        acausal: True says that a language model may use a router that looks at later tokens
+            (expert_choice; default: refused).
+    """
+
+    temperature: float | None = None
+    score: str | None = None
+    renormalize: bool | None = None
+    balance_weight: float | None = None
+    z_weight: float | None = None
+    bias_rate: float | None = None
+    orthogonality_weight: float | None = None
+    acausal: bool | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        if self.temperature is not None:
+            require_positive(temperature=self.temperature)
+        if self.score is not None:
+            require_choice("routing.score", self.score, SCORES)
+        for name in ("balance_weight", "z_weight", "bias_rate", "orthogonality_weight"):
+            value = getattr(self, name)
+            require(value is None or value >= 0, f"routing.{name}={value} must not be negative")
+
+    def given(self) -> dict[str, float | str | bool]:
+        """The options that are set, by name."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """One Mixture-of-Experts layer.
+
+    Attributes:
+        router: name of the router, see `emoe_jax.routers.ROUTERS`.
+        experts: E, number of experts.
+        top_k: K, experts per token; the router "soft" always uses all E and needs top_k == experts.
+        hidden: F, hidden width of one expert.
+        dispatch: "dense" (every expert on every token, the oracle), "capacity" (C slots an expert,
+            overflow dropped and counted) or "dropless" (sorted by expert, nothing dropped).
+        capacity_factor: c, an expert has C = ceil(c T K / E) slots; read by dispatch "capacity".
+        activation: "swiglu" (three matrices) or "gelu" (two, exact GELU).
+        bias: whether experts have biases.
+        shared_hidden: hidden width of an expert that takes every token, 0 for none.
+        basis: the eigenbasis; read by eigenbasis routers.
+        routing: options of the router.
+    """
+
+    router: str = "loss_free"
+    experts: int = 8
+    top_k: int = 1
+    hidden: int = 512
+    dispatch: str = "dropless"
+    capacity_factor: float = 1.25
+    activation: str = "swiglu"
+    bias: bool = False
+    shared_hidden: int = 0
+    basis: BasisConfig = BasisConfig()
+    routing: RouterConfig = RouterConfig()
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        require_positive(experts=self.experts, top_k=self.top_k, hidden=self.hidden)
+        require_positive(capacity_factor=self.capacity_factor)
+        require(
+            self.top_k <= self.experts,
+            f"top_k={self.top_k} is more than experts={self.experts}: a token can go to at most all"
+            f" experts; set top_k to {self.experts} or less, or experts to {self.top_k} or more",
+        )
+        require_choice("dispatch", self.dispatch, DISPATCHERS)
+        require_choice("activation", self.activation, ACTIVATIONS)
+        require(self.shared_hidden >= 0, f"shared_hidden={self.shared_hidden} is below zero")
+
+
+@dataclasses.dataclass(frozen=True)
+class LMConfig:
+    """A decoder language model.
+
+    Attributes:
+        vocab_size: N, number of token ids.
+        width: D.
+        depth: number of blocks.
+        heads: H, query heads.
+        kv_heads: key and value heads, a divisor of `heads`; 0 means as many as `heads`.
+        head_dim: width of one head, even (rotary positions turn pairs); 0 means width / heads.
+        mlp_hidden: hidden width of the dense MLP in blocks without experts.
+        moe_every: every n-th block (the n-th, 2n-th, ...) has experts; 1 is every block, 0 none.
+        moe_blocks: the blocks that have experts, counted from 0, in place of `moe_every`. Periodic
+            patterns run as a scan over the depth, lists are unrolled.
+        qk_norm: whether queries and keys are normalised (RMS) before attention.
+        rope_base: base of the rotary frequencies (arXiv 2104.09864, section 3.2.2).
+        tie_head: whether the output head is the transposed token embedding.
+        attention: "auto", "xla", "cudnn" (GPU, bfloat16) or "splash" (TPU).
+        remat: what is recomputed in the backward pass: "none", "full" (each block) or "dots"
+            (each block except its matrix products).
+        loss_chunk: tokens whose logits the training loss holds at once.
+        dtype: compute dtype of attention and experts; parameters stay float32.
+        moe: the layers of experts.
+    """
+
+    vocab_size: int = 256
+    width: int = 256
+    depth: int = 4
+    heads: int = 4
+    kv_heads: int = 0
+    head_dim: int = 0
+    mlp_hidden: int = 1024
+    moe_every: int = 1
+    moe_blocks: tuple[int, ...] = ()
+    qk_norm: bool = True
+    rope_base: float = 10000.0
+    tie_head: bool = True
+    attention: str = "auto"
+    remat: str = "none"
+    loss_chunk: int = 1024
+    dtype: str = "float32"
+    moe: MoEConfig = MoEConfig()
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        require_positive(vocab_size=self.vocab_size, loss_chunk=self.loss_chunk)
+        require_positive(mlp_hidden=self.mlp_hidden, rope_base=self.rope_base)
+        _check_trunk(self)
+        dim = self.head_dim or self.width // self.heads
+        require(dim % 2 == 0, f"head_dim={dim} is odd; rotary positions need an even head_dim")
+        kv_heads = self.kv_heads or self.heads
+        require(
+            self.heads % kv_heads == 0,
+            f"kv_heads={kv_heads} does not divide heads={self.heads}; choose a divisor",
+        )
+        require_choice("attention", self.attention, ATTENTION)
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig:
+    """A Vision Transformer.
+
+    Attributes:
+        image_size: side of the square images in pixels, a multiple of `patch`.
+        patch: side of a patch in pixels.
+        channels: image channels.
+        classes: N, number of classes.
+        width: D.
+        depth: number of blocks.
+        heads: H.
+        head_dim: width of one head; 0 means width / heads.
+        mlp_hidden: hidden width of the dense MLP in blocks without experts, and in all blocks of
+            the adapter form.
+        pooling: "class" (a class token) or "mean" (mean over patches).
+        moe_form: "mlp": experts replace the MLP of the chosen blocks. "adapter": experts stand
+            after the whole block as a branch h + alpha * MoE(h), the paper's form, past which the
+            class token goes untouched.
+        moe_every: as in `LMConfig`.
+        moe_blocks: as in `LMConfig`.
+        attention: as in `LMConfig`.
+        remat: as in `LMConfig`.
+        dtype: as in `LMConfig`.
+        moe: the layers of experts.
+    """
+
+    image_size: int = 28
+    patch: int = 4
+    channels: int = 1
+    classes: int = 10
+    width: int = 128
+    depth: int = 4
+    heads: int = 4
+    head_dim: int = 0
+    mlp_hidden: int = 512
+    pooling: str = "mean"
+    moe_form: str = "mlp"
+    moe_every: int = 1
+    moe_blocks: tuple[int, ...] = ()
+    attention: str = "auto"
+    remat: str = "none"
+    dtype: str = "float32"
+    moe: MoEConfig = MoEConfig(activation="gelu")
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        require_positive(
+            image_size=self.image_size,
+            patch=self.patch,
+            channels=self.channels,
+            classes=self.classes,
+            mlp_hidden=self.mlp_hidden,
+        )
+        _check_trunk(self)
+        require(
+            self.image_size % self.patch == 0,
+            f"patch={self.patch} does not divide image_size={self.image_size}; choose a divisor",
+        )
+        require_choice("pooling", self.pooling, ("class", "mean"))
+        require_choice("moe_form", self.moe_form, ("mlp", "adapter"))
+        require_choice("attention", self.attention, ATTENTION)
+
+
+def _check_trunk(config: LMConfig | ViTConfig) -> None:
+    """What language models and Vision Transformers have in common."""
+    require_positive(width=config.width, depth=config.depth, heads=config.heads)
+    require(
+        config.head_dim > 0 or config.width % config.heads == 0,
+        f"heads={config.heads} does not divide width={config.width}; choose a divisor or set"
+        " head_dim",
+    )
+    require_choice("remat", config.remat, REMAT)
+    require_choice("dtype", config.dtype, DTYPES)
+    require(
+        config.moe_every >= 0,
+        f"moe_every={config.moe_every} is below zero; 0 means no block has experts",
+    )
+    outside = [i for i in config.moe_blocks if not 0 <= i < config.depth]
+    require(
+        not outside,
+        f"moe_blocks names block {outside[:1]}, but depth={config.depth} has blocks 0 to"
+        f" {config.depth - 1}",
+    )
+    require(
+        bool(config.moe_blocks) or config.moe_every == 0 or config.depth % config.moe_every == 0,
+        f"moe_every={config.moe_every} does not divide depth={config.depth}; choose a divisor, or"
+        " list the blocks in moe_blocks",
+    )
+    basis = config.moe.basis
+    require(
+        config.moe.router != "eigen" or basis.rank <= config.width,
+        f"basis.rank={basis.rank} is more than width={config.width}: D dimensions hold at most D"
+        f" orthonormal directions; set basis.rank to {config.width} or less",
+    )
+
+
+def moe_layers(config: LMConfig | ViTConfig) -> tuple[bool, ...]:
+    """For each block, whether it has experts."""
+    if config.moe_blocks:
+        return tuple(i in config.moe_blocks for i in range(config.depth))
+    every = config.moe_every
+    return tuple(every > 0 and (i + 1) % every == 0 for i in range(config.depth))

@@ -1,0 +1,83 @@
+"""Fixed slots per expert: C = ceil(c T K / E); what finds no slot is dropped and counted."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from emoe_jax.dispatch.base import Groups
+from emoe_jax.dispatch.dropless import sort_by_expert
+from emoe_jax.dispatch.rows import collect_rows, spread_rows
+from emoe_jax.routers.base import ExpertChoice, Routing
+
+Array = jax.Array
+
+
+def slots(tokens: int, top_k: int, experts: int, factor: float) -> int:
+    """C = ceil(c T K / E) slots of one expert, at most T."""
+    return min(tokens, max(1, math.ceil(factor * tokens * top_k / experts)))
+
+
+def dispatch(
+    tokens: Array, routing: Routing | ExpertChoice, mask: Array, capacity_factor: float
+) -> Groups:
+    """Gives each assignment the next free slot of its expert; first choices go before second ones.
+
+    Args:
+        tokens: [T,D].
+        routing: either form; expert choice brings its own C and drops nothing.
+        mask: [T] bool, False for padding, which takes no slot.
+        capacity_factor: c.
+
+    Returns:
+        Groups with rows [E,C,D]; empty slots are zero.
+    """
+    T, D = tokens.shape
+    E = routing.probs.shape[-1]
+    if isinstance(routing, ExpertChoice):
+        return _take_chosen(tokens, routing, mask)
+    K = routing.indices.shape[1]
+    C = slots(T, K, E, capacity_factor)
+    experts = jnp.where(mask[:, None], routing.indices, E)
+    # Sorting the assignments k-major ranks every first choice before any second one.
+    order, starts, sizes = sort_by_expert(experts.T.reshape(-1), E)
+    sorted_experts = experts.T.reshape(-1)[order]
+    starts_padded = jnp.append(starts, jnp.sum(sizes))
+    rank = jnp.arange(T * K, dtype=jnp.int32) - starts_padded[sorted_experts]
+    kept = (rank < C) & (sorted_experts < E)
+    slot = jnp.where(kept, sorted_experts * C + rank, E * C)
+    token = order % T
+    sources = jnp.full((E * C,), T, jnp.int32).at[slot].set(token, mode="drop")
+    assignment = jnp.full((E * C,), T * K, jnp.int32).at[slot].set(order, mode="drop")
+    places = jnp.zeros((T * K,), jnp.int32).at[order].set(slot).reshape(K, T).T
+    weights = routing.weights.T.reshape(-1).at[assignment].get(mode="fill", fill_value=0)
+    return Groups(
+        spread_rows(tokens, sources, places).reshape(E, C, D),
+        jnp.minimum(sizes, C),
+        weights.reshape(E, C),
+        (places, sources),
+        jnp.sum(jnp.maximum(sizes - C, 0), dtype=jnp.float32),
+    )
+
+
+def _take_chosen(tokens: Array, routing: ExpertChoice, mask: Array) -> Groups:
+    """Expert choice: a token may stand in any number of groups, so its rows are plain gathers."""
+    sizes = jnp.sum(mask[routing.tokens], axis=-1, dtype=jnp.int32)
+    rows = tokens[routing.tokens]
+    plan = (routing.tokens, tokens.shape[0])
+    return Groups(rows, sizes, routing.weights, plan, jnp.zeros((), jnp.float32))
+
+
+def combine(outputs: Array, groups: Groups) -> Array:
+    """Weighs the outputs [E,C,D] by their gates and sums them by token to [T,D], in float32."""
+    E, C, D = outputs.shape
+    weighted = outputs.astype(jnp.float32) * groups.weights[..., None]
+    indices, other = groups.plan
+    if isinstance(other, int):
+        total = jnp.zeros((other, D), jnp.float32).at[indices.reshape(-1)].add(
+            weighted.reshape(E * C, D)
+        )
+        return total.astype(outputs.dtype)
+    return collect_rows(weighted.reshape(E * C, D), indices, other).astype(outputs.dtype)

@@ -1,0 +1,75 @@
+"""Tokens sorted by expert, for a grouped matrix product: nothing dropped, nothing padded."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from emoe_jax.dispatch.base import Groups
+from emoe_jax.dispatch.rows import collect_rows, spread_rows
+from emoe_jax.routers.base import ExpertChoice, Routing
+
+Array = jax.Array
+
+
+def sort_by_expert(experts: Array, count: int) -> tuple[Array, Array, Array]:
+    """Stable order of assignments by expert.
+
+    Args:
+        experts: [A] int32, the expert of each assignment; `count` for none, which sorts last.
+        count: E.
+
+    Returns:
+        order [A] int32, so that experts[order] ascends; start [E] and size [E] of each expert's
+        part of it, int32.
+    """
+    order = jnp.argsort(experts, stable=True).astype(jnp.int32)
+    chosen = experts[:, None] == jnp.arange(count, dtype=experts.dtype)
+    sizes = jnp.sum(chosen, axis=0, dtype=jnp.int32)
+    return order, jnp.cumsum(sizes, dtype=jnp.int32) - sizes, sizes
+
+
+def dispatch(
+    tokens: Array, routing: Routing | ExpertChoice, mask: Array, capacity_factor: float
+) -> Groups:
+    """Sorts the T·K assignments by expert.
+
+    Args:
+        tokens: [T,D].
+        routing: token choice.
+        mask: [T] bool, False for padding, whose rows come last, outside every group.
+        capacity_factor: not read.
+
+    Returns:
+        Groups with rows [T·K,D].
+
+    Raises:
+        ValueError: the routing is expert choice, whose groups have a fixed size.
+    """
+    if isinstance(routing, ExpertChoice):
+        raise ValueError(
+            "dispatch 'dropless' sorts the choices of tokens, and the expert_choice router makes"
+            " none: its experts take a fixed number of tokens; set dispatch to 'capacity'"
+        )
+    T, K = routing.indices.shape
+    E = routing.probs.shape[-1]
+    experts = jnp.where(mask[:, None], routing.indices, E).reshape(-1)
+    order, _, sizes = sort_by_expert(experts, E)
+    places = jnp.zeros_like(order).at[order].set(
+        jnp.arange(T * K, dtype=jnp.int32), unique_indices=True
+    )
+    places, sources = places.reshape(T, K), order // K
+    return Groups(
+        spread_rows(tokens, sources, places),
+        sizes,
+        routing.weights.reshape(-1)[order],
+        (places, sources),
+        jnp.zeros((), jnp.float32),
+    )
+
+
+def combine(outputs: Array, groups: Groups) -> Array:
+    """Weighs the outputs [T·K,D] by their gates and sums each token's K to [T,D], in float32."""
+    weighted = outputs.astype(jnp.float32) * groups.weights[:, None]
+    places, sources = groups.plan
+    return collect_rows(weighted, places, sources).astype(outputs.dtype)

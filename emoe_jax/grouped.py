@@ -1,0 +1,352 @@
+"""Grouped matrix product: consecutive blocks of rows, each times its own expert's matrix.
+
+`grouped_matmul` is one function with a backend per platform. `ragged_dot` is the compiler's own
+grouped product. `cpu` is ours: XLA lowers `ragged_dot` on CPU to every expert on every row, E times
+the arithmetic. Ours walks over the experts with sequential loops, so that one expert's matrix is
+sliced once, and its rows go through plain matrix products of a few static sizes.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+BACKENDS = ("auto", "ragged_dot", "cpu")
+
+# Tail sizes are 1, 2, ... _TAILS times a step of an _STEPS-th of the mean load. A balanced random
+# load then fits one block of at most 1.5 means, and half a step, 6 % of the rows, is wasted.
+_STEPS = 8
+_TAILS = 12
+# Steps are whole vector registers; above 128 rows a step gains nothing and costs scratch.
+_STEP_MULTIPLE = 8
+_STEP_LIMIT = 128
+
+_ROWS_BY_MATRIX = (((1,), (0,)), ((), ()))
+_ROWS_BY_TRANSPOSE = (((1,), (1,)), ((), ()))
+_COLUMNS_BY_COLUMNS = (((0,), (0,)), ((), ()))
+# [M,D] and [M,F] contracted over the ragged M, one [D,F] a group: the gradient of the weights.
+_RAGGED_WEIGHTS = lax.RaggedDotDimensionNumbers(_COLUMNS_BY_COLUMNS, [0], [])
+_RAGGED_TRANSPOSE = lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])
+
+
+def resolve_backend(name: str, platform: str | None = None) -> str:
+    """Names the kernel that `grouped_matmul(..., backend=name)` runs.
+
+    Args:
+        name: "auto", "ragged_dot" or "cpu".
+        platform: the platform compiled for ("cpu", "gpu", "cuda", "rocm", "tpu"); None takes JAX's
+            default backend, which is right unless one compiles ahead of time for another.
+
+    Returns:
+        "ragged_dot" or "cpu".
+
+    Raises:
+        ValueError: the name is not a backend.
+    """
+    if name not in BACKENDS:
+        raise ValueError(
+            f"Grouped product backend {name!r} does not exist; choose one of {', '.join(BACKENDS)}."
+        )
+    if name != "auto":
+        return name
+    return "cpu" if (platform or jax.default_backend()) == "cpu" else "ragged_dot"
+
+
+def grouped_matmul(
+    rows: jax.Array, weights: jax.Array, sizes: jax.Array, *, backend: str = "auto"
+) -> jax.Array:
+    """Multiplies each block of consecutive rows by the matrix of its group.
+
+    Rows [sum(sizes[:e]), sum(sizes[:e+1])) are multiplied by weights[e]. Products accumulate in
+    float32 (float64 for float64 operands) and are rounded once to the operands' dtype. Rows past
+    sum(sizes) give exact zeros and get zero gradients, whatever they hold. An empty group's matrix
+    gets a zero gradient.
+
+    "auto" is "cpu" on a CPU and "ragged_dot" elsewhere. It is decided when the program is lowered
+    (`jax.lax.platform_dependent`), not from the process's default backend, because an
+    ahead-of-time compile for TPU runs in a CPU process. On TPU `ragged_dot` is a native grouped
+    kernel. On GPU it is what XLA offers, which may be dense: E times the arithmetic; "auto" does
+    not know, so time it there (`python -m train.bench grouped`). On CPU "ragged_dot" is always
+    dense: an oracle. "cpu" is correct on every platform and meant for one.
+
+    Differentiable in rows and weights (reverse mode), usable under jit, scan, checkpoint and
+    shard_map; not under vmap with an efficient result, and not in forward mode.
+
+    Args:
+        rows: [M,D], sorted by group.
+        weights: [E,D,F], of the rows' dtype.
+        sizes: [E] int32, rows in each group, non-negative, sum at most M. The values are not
+            checked: they are known only on the device.
+        backend: "auto", "ragged_dot" or "cpu".
+
+    Returns:
+        [M,F] in the rows' dtype.
+
+    Raises:
+        ValueError: unknown backend, or shapes or dtypes that do not fit together.
+    """
+    resolve_backend(backend)
+    _check(rows, weights, sizes)
+    if rows.size == 0 or weights.size == 0:
+        return jnp.zeros_like(rows, shape=(rows.shape[0], weights.shape[2]))
+    # Inside shard_map operands may vary over different mesh axes (sharded rows, replicated
+    # weights). Adding a zero that varies over all of them makes the types equal here, where JAX
+    # transposes the change into the right sum over devices; XLA removes the addition.
+    zero = jnp.zeros_like(rows, shape=()) + jnp.zeros_like(weights, shape=())
+    zero = zero + jnp.zeros_like(sizes, shape=()).astype(rows.dtype)
+    return _product(backend, rows + zero, weights + zero, sizes + zero.astype(sizes.dtype))
+
+
+def _check(rows: jax.Array, weights: jax.Array, sizes: jax.Array) -> None:
+    if rows.ndim != 2 or weights.ndim != 3 or sizes.ndim != 1:
+        raise ValueError(
+            "grouped_matmul takes rows [M,D], weights [E,D,F] and sizes [E]; got shapes "
+            f"{rows.shape}, {weights.shape} and {sizes.shape}."
+        )
+    if rows.shape[1] != weights.shape[1]:
+        raise ValueError(
+            f"rows are {rows.shape[1]} wide and weights take {weights.shape[1]}; "
+            "both must be the model width D."
+        )
+    if sizes.shape[0] != weights.shape[0]:
+        raise ValueError(
+            f"sizes counts {sizes.shape[0]} groups and weights hold {weights.shape[0]}; "
+            "give one size for each expert."
+        )
+    if rows.dtype != weights.dtype or not jnp.issubdtype(rows.dtype, jnp.floating):
+        raise ValueError(
+            f"rows are {rows.dtype} and weights {weights.dtype}; cast both to one floating dtype."
+        )
+    if sizes.dtype != jnp.int32:
+        raise ValueError(f"sizes are {sizes.dtype}; cast them to int32.")
+
+
+# --- one custom VJP over three products, each chosen per backend ------------------------------
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(backend: str, rows: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
+    return _choose(
+        backend,
+        partial(_cpu_rows, dimensions=_ROWS_BY_MATRIX),
+        _ragged_rows,
+        (rows, weights, sizes),
+    )
+
+
+def _product_forward(
+    backend: str, rows: jax.Array, weights: jax.Array, sizes: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    return _product(backend, rows, weights, sizes), (rows, weights, sizes)
+
+
+def _product_backward(
+    backend: str, residuals: tuple[jax.Array, jax.Array, jax.Array], d_out: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+    rows, weights, sizes = residuals
+    d_rows = _choose(
+        backend,
+        partial(_cpu_rows, dimensions=_ROWS_BY_TRANSPOSE),
+        _ragged_rows_transposed,
+        (d_out, weights, sizes),
+    )
+    d_weights = _choose(backend, _cpu_weights, _ragged_weights, (rows, d_out, sizes))
+    return d_rows, d_weights, None
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def _choose(
+    backend: str,
+    cpu: Callable[..., jax.Array],
+    ragged: Callable[..., jax.Array],
+    operands: tuple[jax.Array, jax.Array, jax.Array],
+) -> jax.Array:
+    if backend == "auto":
+        return lax.platform_dependent(*operands, cpu=cpu, default=ragged)
+    return (cpu if backend == "cpu" else ragged)(*operands)
+
+
+def _accumulator(dtype: jnp.dtype) -> jnp.dtype:
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+# --- backend "ragged_dot" ---------------------------------------------------------------------
+
+
+def _zero_past_end(array: jax.Array, sizes: jax.Array) -> jax.Array:
+    """Zeros rows past sum(sizes): kernels differ in what they leave there."""
+    inside = jnp.arange(array.shape[0], dtype=jnp.int32) < jnp.sum(sizes)
+    return jnp.where(inside[:, None], array, jnp.zeros((), array.dtype))
+
+
+def _ragged_rows(rows: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
+    out = lax.ragged_dot(rows, weights, sizes, preferred_element_type=_accumulator(rows.dtype))
+    return _zero_past_end(out.astype(rows.dtype), sizes)
+
+
+def _ragged_rows_transposed(d_out: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
+    d_rows = lax.ragged_dot_general(
+        d_out,
+        weights,
+        sizes,
+        _RAGGED_TRANSPOSE,
+        preferred_element_type=_accumulator(d_out.dtype),
+    )
+    return _zero_past_end(d_rows.astype(d_out.dtype), sizes)
+
+
+def _ragged_weights(rows: jax.Array, d_out: jax.Array, sizes: jax.Array) -> jax.Array:
+    # Zeroed on both sides: zero times a NaN past the end would still be NaN.
+    d_weights = lax.ragged_dot_general(
+        _zero_past_end(rows, sizes),
+        _zero_past_end(d_out, sizes),
+        sizes,
+        _RAGGED_WEIGHTS,
+        preferred_element_type=_accumulator(rows.dtype),
+    )
+    return d_weights.astype(rows.dtype)
+
+
+# --- backend "cpu" ----------------------------------------------------------------------------
+
+
+def _block_sizes(M: int, E: int) -> tuple[int, ...]:
+    """Static row counts of the products, rising; the last is the block that is repeated.
+
+    Few sizes keep compilation short; a size near the mean load keeps one product an expert, so
+    that each matrix is packed for the product once.
+    """
+    mean = -(-M // E)
+    step = -(-mean // (_STEPS * _STEP_MULTIPLE)) * _STEP_MULTIPLE
+    step = min(step, _STEP_LIMIT)
+    return tuple(sorted({min(step * i, M) for i in range(1, _TAILS + 1)}))
+
+
+def _slice_rows(array: jax.Array, start: jax.Array, count: int) -> jax.Array:
+    # lax's dynamic_slice clamps the start so that the block stays inside the array.
+    block = lax.dynamic_slice(array, (start, jnp.zeros_like(start)), (count, array.shape[1]))
+    return block.astype(_accumulator(array.dtype))
+
+
+def _slice_matrix(weights: jax.Array, e: jax.Array) -> jax.Array:
+    zero = jnp.zeros_like(e)
+    matrix = lax.dynamic_slice(weights, (e, zero, zero), (1, *weights.shape[1:]))
+    return matrix[0].astype(_accumulator(weights.dtype))
+
+
+def _keep_between(block: jax.Array, first: jax.Array, start: jax.Array, end: jax.Array):
+    """Zeros the rows of a block, whose first row is row `first`, outside [start, end)."""
+    index = first + jnp.arange(block.shape[0], dtype=jnp.int32)
+    inside = (index >= start) & (index < end)
+    return jnp.where(inside[:, None], block, jnp.zeros((), block.dtype))
+
+
+def _cpu_rows(
+    rows: jax.Array, weights: jax.Array, sizes: jax.Array, *, dimensions: lax.DotDimensionNumbers
+) -> jax.Array:
+    """Rows times matrices (or their transposes): [M,D],[E,D,F] -> [M,F], or [M,F] -> [M,D].
+
+    Experts are taken in order. A block may reach past its expert's rows: what it writes there is
+    overwritten by the experts after it, or zeroed at the end.
+    """
+    M, width = rows.shape[0], weights.shape[2 if dimensions == _ROWS_BY_MATRIX else 1]
+    E = weights.shape[0]
+    blocks = _block_sizes(M, E)
+    ends = jnp.cumsum(sizes, dtype=jnp.int32)
+
+    def block_product(out, matrix, start, *, count: int):
+        block = lax.dot_general(_slice_rows(rows, start, count), matrix, dimensions)
+        block = block.astype(out.dtype)
+        return lax.dynamic_update_slice(out, block, (start, jnp.zeros_like(start)))
+
+    def last_product(out, matrix, start):
+        # A block that would pass the array's end is moved up; the rows before `start` that it then
+        # covers are done already and must stay.
+        count = blocks[-1]
+        first = jnp.minimum(start, M - count)
+        block = lax.dot_general(_slice_rows(rows, first, count), matrix, dimensions)
+        old = lax.dynamic_slice(out, (first, jnp.zeros_like(first)), (count, width))
+        done = first + jnp.arange(count, dtype=jnp.int32) < start
+        block = jnp.where(done[:, None], old, block.astype(out.dtype))
+        return lax.dynamic_update_slice(out, block, (first, jnp.zeros_like(first)))
+
+    branches = [lambda out, matrix, start: out]
+    branches += [partial(block_product, count=count) for count in blocks]
+    branches += [last_product]
+
+    def expert(e, out):
+        matrix = _slice_matrix(weights, e)
+        start = ends[e] - sizes[e]
+        full = sizes[e] // blocks[-1]
+        out = lax.fori_loop(
+            0,
+            full,
+            lambda i, out: block_product(out, matrix, start + i * blocks[-1], count=blocks[-1]),
+            out,
+        )
+        start = start + full * blocks[-1]
+        branch = _branch(ends[e] - start, blocks)
+        reach = jnp.asarray((0, *blocks), jnp.int32)[branch]
+        branch = jnp.where(start + reach > M, len(blocks) + 1, branch)
+        return lax.switch(branch, branches, out, matrix, start)
+
+    out = lax.fori_loop(0, E, expert, jnp.zeros_like(rows, shape=(M, width)))
+    # The last expert with rows wrote at most one block past the end of the groups.
+    first = jnp.minimum(ends[-1], M - blocks[-1])
+    zero = jnp.zeros_like(first)
+    spilt = lax.dynamic_slice(out, (first, zero), (blocks[-1], width))
+    return lax.dynamic_update_slice(
+        out, _keep_between(spilt, first, jnp.zeros_like(first), ends[-1]), (first, zero)
+    )
+
+
+def _branch(remaining: jax.Array, blocks: tuple[int, ...]) -> jax.Array:
+    """0 for no rows, else 1 + the index of the smallest block that holds them."""
+    return jnp.sum(remaining > jnp.asarray((0, *blocks[:-1]), jnp.int32), dtype=jnp.int32)
+
+
+def _cpu_weights(rows: jax.Array, d_out: jax.Array, sizes: jax.Array) -> jax.Array:
+    """Gradient of the weights: [M,D],[M,F] -> [E,D,F], each matrix written once if it fits a block.
+
+    The tail is written first, then full blocks are added: a balanced expert has only a tail.
+    """
+    M, D, F, E = rows.shape[0], rows.shape[1], d_out.shape[1], sizes.shape[0]
+    blocks = _block_sizes(M, E)
+    ends = jnp.cumsum(sizes, dtype=jnp.int32)
+
+    def tail_product(out, e, start, end, *, count: int):
+        first = jnp.minimum(start, M - count)
+        left = _keep_between(_slice_rows(rows, first, count), first, start, end)
+        right = _keep_between(_slice_rows(d_out, first, count), first, start, end)
+        matrix = lax.dot_general(left, right, _COLUMNS_BY_COLUMNS)
+        return lax.dynamic_update_slice(out, matrix[None], (e, jnp.zeros_like(e), jnp.zeros_like(e)))
+
+    def full_product(i, out, *, e, start):
+        first = start + i * blocks[-1]
+        matrix = lax.dot_general(
+            _slice_rows(rows, first, blocks[-1]),
+            _slice_rows(d_out, first, blocks[-1]),
+            _COLUMNS_BY_COLUMNS,
+        )
+        matrix = _slice_matrix(out, e) + matrix
+        return lax.dynamic_update_slice(out, matrix[None], (e, jnp.zeros_like(e), jnp.zeros_like(e)))
+
+    branches = [lambda out, e, start, end: out]
+    branches += [partial(tail_product, count=count) for count in blocks]
+
+    def expert(e, out):
+        full = sizes[e] // blocks[-1]
+        tail = ends[e] - sizes[e] + full * blocks[-1]
+        branch = _branch(ends[e] - tail, blocks)
+        out = lax.switch(branch, branches, out, e, tail, ends[e])
+        return lax.fori_loop(
+            0, full, partial(full_product, e=e, start=ends[e] - sizes[e]), out
+        )
+
+    # Low-precision gradients are summed over blocks in float32 and rounded once.
+    out = jnp.zeros_like(rows, shape=(E, D, F), dtype=_accumulator(rows.dtype))
+    return lax.fori_loop(0, E, expert, out).astype(rows.dtype)

@@ -1,0 +1,332 @@
+"""The parts of a transformer that are not experts: linear maps, norms, attention, MLP, patches."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Array = jax.Array
+Cache = dict[str, Array]
+
+NORM_EPSILON = 1e-6
+"""Added to the mean square or variance before the root; timm's value for Vision Transformers."""
+
+
+class Linear(nnx.Module):
+    """y = x W (+ b): weights float32, product in the compute dtype, accumulated in float32.
+
+    Attributes:
+        kernel: [in, out], normal with deviation `scale` / sqrt(in).
+        bias: [out], only with `bias`.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        dtype: str,
+        *,
+        bias: bool = False,
+        scale: float = 1.0,
+        rngs: nnx.Rngs,
+    ) -> None:
+        std = scale / math.sqrt(inputs)
+        self.kernel = nnx.Param(
+            std * jax.random.normal(rngs.params(), (inputs, outputs), jnp.float32)
+        )
+        self.dtype, self.biased = dtype, bias
+        if bias:
+            self.bias = nnx.Param(jnp.zeros((outputs,), jnp.float32))
+
+    def __call__(self, x: Array) -> Array:
+        """Maps [...,in] to [...,out] in the compute dtype."""
+        kernel = self.kernel[...].astype(self.dtype)
+        out = jnp.matmul(x.astype(self.dtype), kernel, preferred_element_type=jnp.float32)
+        if self.biased:
+            out = out + self.bias[...]
+        return out.astype(self.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale over the last axis (arXiv 1910.07467), in float32.
+
+    Attributes:
+        scale: [D].
+    """
+
+    def __init__(self, width: int) -> None:
+        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
+
+    def __call__(self, x: Array) -> Array:
+        """Normalises [...,D], keeping its dtype."""
+        wide = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        return (wide * jax.lax.rsqrt(mean_square + NORM_EPSILON) * self.scale[...]).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / deviation * scale + bias over the last axis (arXiv 1607.06450), in float32.
+
+    Attributes:
+        scale: [D].
+        bias: [D].
+    """
+
+    def __init__(self, width: int) -> None:
+        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((width,), jnp.float32))
+
+    def __call__(self, x: Array) -> Array:
+        """Normalises [...,D], keeping its dtype."""
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        unit = centred * jax.lax.rsqrt(variance + NORM_EPSILON)
+        return (unit * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class MLP(nnx.Module):
+    """Dense MLP, "swiglu" (three matrices) or "gelu" (two, exact GELU).
+
+    Attributes:
+        gate: D to F, only with "swiglu".
+        up: D to F.
+        down: F to D.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        activation: str,
+        dtype: str,
+        *,
+        bias: bool = False,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.gated = activation == "swiglu"
+        if self.gated:
+            self.gate = Linear(width, hidden, dtype, bias=bias, rngs=rngs)
+        self.up = Linear(width, hidden, dtype, bias=bias, rngs=rngs)
+        self.down = Linear(hidden, width, dtype, bias=bias, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        """Maps [...,D] to [...,D] in the compute dtype."""
+        if self.gated:
+            return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        return self.down(jax.nn.gelu(self.up(x), approximate=False))
+
+
+def rotate(x: Array, positions: Array, base: float) -> Array:
+    """Rotary positions (arXiv 2104.09864): pair i turns by positions * base^(-2i/dim).
+
+    Halves are paired (dimension i with i + dim/2), as in GPT-NeoX and Llama.
+
+    Args:
+        x: [B,S,H,dim], dim even.
+        positions: [B,S] int32.
+        base: of the frequencies.
+
+    Returns:
+        Of the shape and dtype of x.
+    """
+    half = x.shape[-1] // 2
+    exponent = jnp.arange(half, dtype=jnp.float32) / half
+    angle = positions[:, :, None, None].astype(jnp.float32) * jnp.power(base, -exponent)
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention with grouped keys and values (arXiv 2305.13245).
+
+    Args:
+        width: D.
+        heads: H query heads.
+        kv_heads: key and value heads, a divisor of H.
+        head_dim: width of a head.
+        causal: whether a position sees only earlier ones of its segment.
+        rope_base: base of the rotary frequencies, None for no rotary positions.
+        qk_norm: RMS norm of queries and keys (arXiv 2302.05442, section 2).
+        bias: whether the linear maps have biases.
+        implementation: see `attend`.
+        dtype: compute dtype.
+        rngs: for the initial weights.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        causal: bool,
+        rope_base: float | None,
+        qk_norm: bool,
+        bias: bool,
+        implementation: str,
+        dtype: str,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.causal, self.rope_base = causal, rope_base
+        self.implementation = implementation
+        self.query = Linear(width, heads * head_dim, dtype, bias=bias, rngs=rngs)
+        self.key = Linear(width, kv_heads * head_dim, dtype, bias=bias, rngs=rngs)
+        self.value = Linear(width, kv_heads * head_dim, dtype, bias=bias, rngs=rngs)
+        self.out = Linear(heads * head_dim, width, dtype, bias=bias, rngs=rngs)
+        self.qk_norm = qk_norm
+        if qk_norm:
+            self.query_norm = RMSNorm(head_dim)
+            self.key_norm = RMSNorm(head_dim)
+
+    def __call__(self, x: Array, positions: Array, segments: Array) -> Array:
+        """Attends within segments.
+
+        Args:
+            x: [B,S,D].
+            positions: [B,S] int32, read by rotary positions.
+            segments: [B,S] int32, positions see only their own segment; 0 is padding.
+
+        Returns:
+            [B,S,D].
+        """
+        query, key, value = self._project(x, positions)
+        mixed = attend(query, key, value, segments, self.causal, self.implementation)
+        return self.out(mixed.reshape(*x.shape[:2], -1))
+
+    def decode(self, x: Array, cache: Cache, start: Array) -> tuple[Array, Cache]:
+        """Attends from S new positions to the cache and to themselves, causally.
+
+        Args:
+            x: [B,S,D], positions start to start+S-1 of one document.
+            cache: `key` and `value` [B,L,kv_heads,head_dim], filled before `start`.
+            start: [] int32.
+
+        Returns:
+            [B,S,D], and the cache filled before start+S.
+        """
+        B, S, _ = x.shape
+        steps = start + jnp.arange(S, dtype=jnp.int32)
+        query, key, value = self._project(x, jnp.broadcast_to(steps, (B, S)))
+        cache = {
+            "key": jax.lax.dynamic_update_slice_in_dim(cache["key"], key, start, axis=1),
+            "value": jax.lax.dynamic_update_slice_in_dim(cache["value"], value, start, axis=1),
+        }
+        slots = jnp.arange(cache["key"].shape[1], dtype=jnp.int32)
+        seen = slots[None, :] <= steps[:, None]
+        mixed = jax.nn.dot_product_attention(
+            query, cache["key"], cache["value"], mask=seen[None, None], implementation="xla"
+        )
+        return self.out(mixed.reshape(B, S, -1)), cache
+
+    def _project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
+        B, S, _ = x.shape
+        query = self.query(x).reshape(B, S, self.heads, self.head_dim)
+        key = self.key(x).reshape(B, S, self.kv_heads, self.head_dim)
+        value = self.value(x).reshape(B, S, self.kv_heads, self.head_dim)
+        if self.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if self.rope_base is not None:
+            query = rotate(query, positions, self.rope_base)
+            key = rotate(key, positions, self.rope_base)
+        return query, key, value
+
+
+def attend(
+    query: Array, key: Array, value: Array, segments: Array, causal: bool, implementation: str
+) -> Array:
+    """Scaled dot-product attention within segments, by the kernel of the platform.
+
+    Args:
+        query: [B,S,H,dim].
+        key: [B,S,kv_heads,dim].
+        value: of the shape of key.
+        segments: [B,S] int32.
+        causal: whether a position sees only positions before and at itself.
+        implementation: "xla" (any platform), "cudnn" (flash attention on GPU, bfloat16 or float16),
+            "splash" (flash attention on TPU, causal or not, S a multiple of 128), or "auto": splash
+            on TPU and cudnn on GPU where they take these shapes, xla otherwise.
+
+    Returns:
+        [B,S,H,dim].
+    """
+    if implementation == "auto":
+        implementation = choose_attention(query.shape, query.dtype, jax.default_backend())
+    if implementation == "splash":
+        return _splash(query, key, value, segments, causal, interpret=False)
+    same = segments[:, :, None] == segments[:, None, :]
+    return jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        mask=same[:, None],
+        is_causal=causal,
+        implementation=implementation,  # type: ignore[arg-type]
+    )
+
+
+def choose_attention(shape: tuple[int, ...], dtype: Any, platform: str) -> str:
+    """The kernel that "auto" means for queries [B,S,H,dim] on a platform."""
+    _, S, _, dim = shape
+    if platform == "tpu" and S % 128 == 0 and dim % 128 == 0:
+        return "splash"
+    half = jnp.dtype(dtype).itemsize == 2
+    if platform in ("gpu", "cuda") and half and dim % 8 == 0 and dim <= 128 and S > 1:
+        return "cudnn"
+    return "xla"
+
+
+def _splash(
+    query: Array, key: Array, value: Array, segments: Array, causal: bool, *, interpret: bool
+) -> Array:
+    """Flash attention of jax.experimental.pallas for TPU, grouped keys and values as they are."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as kernels,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_mask as masks,
+    )
+
+    _, S, H, dim = query.shape
+    mask = masks.CausalMask((S, S)) if causal else masks.FullMask((S, S))
+    make = kernels.make_splash_mqa_single_device
+    groups = key.shape[2]
+    heads = H // groups
+    kernel = make(masks.MultiHeadMask([mask] * heads), interpret=interpret)
+    query = (query / math.sqrt(dim)).astype(query.dtype).transpose(0, 2, 1, 3)
+    query = query.reshape(query.shape[0], groups, heads, S, dim)
+    key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+    pairs = kernels.SegmentIds(segments, segments)
+    per_group = jax.vmap(kernel, in_axes=(0, 0, 0, None))
+    mixed = jax.vmap(per_group)(query, key, value, pairs)
+    return mixed.reshape(mixed.shape[0], H, S, dim).transpose(0, 2, 1, 3)
+
+
+class PatchEmbed(nnx.Module):
+    """Cuts images into patches and maps each to a token.
+
+    Attributes:
+        linear: patch² · channels to D; a patch is flattened row by row, channels last.
+    """
+
+    def __init__(
+        self, patch: int, channels: int, width: int, dtype: str, *, rngs: nnx.Rngs
+    ) -> None:
+        self.patch = patch
+        self.linear = Linear(patch * patch * channels, width, dtype, bias=True, rngs=rngs)
+
+    def __call__(self, images: Array) -> Array:
+        """Maps images [B,height,width,channels] to tokens [B,S,D], row by row."""
+        B, height, width, channels = images.shape
+        p = self.patch
+        tiles = images.reshape(B, height // p, p, width // p, p, channels)
+        tiles = tiles.transpose(0, 1, 3, 2, 4, 5)
+        return self.linear(tiles.reshape(B, -1, p * p * channels))

@@ -1,0 +1,220 @@
+"""Blocks over the depth of a model: stacked and scanned where their pattern is periodic.
+
+The blocks of a periodic pattern (say dense, experts, dense, experts) are kept as one module per
+place in the period, whose arrays have a leading axis over the repeats, and run as a scan. A listed
+pattern has one repeat and is unrolled. Block `repeat · period + place` of the model is
+`groups[place]` at `repeat`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from emoe_jax.config import LMConfig, ViTConfig, moe_layers
+from emoe_jax.layers import MLP, Attention, LayerNorm, RMSNorm
+from emoe_jax.moe import Aux, MoE
+
+Array = jax.Array
+Tree = Any
+
+
+class Block(nnx.Module):
+    """Pre-norm transformer block: x + attention(norm x), then + MLP or experts of norm x.
+
+    In the adapter form (ViT) the block has an MLP, and experts follow as a branch
+    h + alpha · MoE(h) that the class token passes by (EMoE, arXiv 2601.12137, as released).
+
+    Args:
+        config: of the whole model.
+        experts: whether this block has experts.
+        rngs: for the initial weights.
+    """
+
+    def __init__(self, config: LMConfig | ViTConfig, experts: bool, *, rngs: nnx.Rngs) -> None:
+        lm = isinstance(config, LMConfig)
+        D = config.width
+        norm = RMSNorm if lm else LayerNorm
+        self.adapter = experts and not lm and config.moe_form == "adapter"
+        self.skips_class = not lm and config.pooling == "class"
+        self.experts = experts
+        self.norm_attention = norm(D)
+        self.attention = Attention(
+            D,
+            config.heads,
+            (config.kv_heads or config.heads) if lm else config.heads,
+            config.head_dim or D // config.heads,
+            causal=lm,
+            rope_base=config.rope_base if lm else None,
+            qk_norm=config.qk_norm if lm else False,
+            bias=not lm,
+            implementation=config.attention,
+            dtype=config.dtype,
+            rngs=rngs,
+        )
+        self.norm_mlp = norm(D)
+        if not experts or self.adapter:
+            activation = "swiglu" if lm else "gelu"
+            self.mlp = MLP(D, config.mlp_hidden, activation, config.dtype, bias=not lm, rngs=rngs)
+        if experts:
+            self.moe = MoE(config.moe, D, dtype=config.dtype, rngs=rngs)
+        if self.adapter:
+            self.alpha = nnx.Param(jnp.ones((), jnp.float32))
+
+    def __call__(
+        self, x: Array, positions: Array, segments: Array, extra: dict[str, Any]
+    ) -> tuple[Array, Aux | None]:
+        """Maps x [B,S,D] to its successor; `extra` holds ids, rows and key of the experts."""
+        x = x + self.attention(self.norm_attention(x), positions, segments)
+        return self._mix(x, segments > 0, extra)
+
+    def decode(
+        self, x: Array, cache: dict[str, Array], start: Array, extra: dict[str, Any]
+    ) -> tuple[Array, dict[str, Array]]:
+        """The same for S new positions behind a cache of keys and values."""
+        mixed, cache = self.attention.decode(self.norm_attention(x), cache, start)
+        x, _ = self._mix(x + mixed, jnp.ones(x.shape[:2], bool), extra)
+        return x, cache
+
+    def _mix(self, x: Array, mask: Array, extra: dict[str, Any]) -> tuple[Array, Aux | None]:
+        if not self.experts:
+            return x + self.mlp(self.norm_mlp(x)), None
+        if not self.adapter:
+            out, aux = self.moe(self.norm_mlp(x), mask=mask, **extra)
+            return x + out, aux
+        x = x + self.mlp(self.norm_mlp(x))
+        first = 1 if self.skips_class else 0
+        extra = extra | {"ids": extra["ids"][:, first:]}
+        out, aux = self.moe(x[:, first:], mask=mask[:, first:], **extra)
+        branch = self.alpha[...].astype(x.dtype) * out
+        return x.at[:, first:].add(branch), aux
+
+
+Extra = dict[str, Any]
+
+
+class Stack(nnx.Module):
+    """All blocks of a model.
+
+    Attributes:
+        groups: one `Block` per place in the period, its arrays stacked over the repeats.
+    """
+
+    def __init__(self, config: LMConfig | ViTConfig, *, rngs: nnx.Rngs) -> None:
+        pattern = moe_layers(config)
+        self.period = _period(config, pattern)
+        self.repeats = len(pattern) // self.period
+        self.remat = config.remat
+        blocks = [Block(config, experts, rngs=rngs) for experts in pattern]
+        self.groups = nnx.List(
+            [_stack_modules(blocks[place :: self.period]) for place in range(self.period)]
+        )
+        self.expert_places = tuple(p for p in range(self.period) if pattern[p])
+
+    def __call__(
+        self, x: Array, positions: Array, segments: Array, ids: Array, rows: Array, key: Array | None
+    ) -> tuple[Array, dict[str, Aux]]:
+        """Runs all blocks.
+
+        Args:
+            x: [B,S,D].
+            positions: [B,S] int32.
+            segments: [B,S] int32, 0 for padding.
+            ids: [B,S] int32.
+            rows: [B] int32.
+            key: random key, or None.
+
+        Returns:
+            [B,S,D]; and for each place in the period that has experts, by its number as a string,
+            their `Aux` with a leading axis over the repeats.
+        """
+
+        def step(block: Block, carry: Array, place: int, layer: Array, _: Any) -> Any:
+            fold = None if key is None else jax.random.fold_in(key, layer)
+            return block(carry, positions, segments, {"ids": ids, "rows": rows, "key": fold})
+
+        x, auxes = self._run(x, step, None)
+        return x, {place: aux for place, aux in auxes.items() if aux is not None}
+
+    def decode(
+        self, x: Array, caches: Tree, start: Array, ids: Array, key: Array | None
+    ) -> tuple[Array, Tree]:
+        """Runs all blocks on S new positions behind caches, see `init_cache`."""
+        rows = jnp.arange(x.shape[0], dtype=jnp.int32)
+
+        def step(block: Block, carry: Array, place: int, layer: Array, cache: Any) -> Any:
+            fold = None if key is None else jax.random.fold_in(key, layer)
+            return block.decode(carry, cache, start, {"ids": ids, "rows": rows, "key": fold})
+
+        return self._run(x, step, caches)
+
+    def init_cache(self, batch: int, length: int, dtype: str) -> Tree:
+        """Empty caches of keys and values for `length` positions of `batch` sequences."""
+        attention = self.groups[0].attention
+        shape = (self.repeats, batch, length, attention.kv_heads, attention.head_dim)
+        empty = {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}
+        return {str(place): empty for place in range(self.period)}
+
+    def _run(self, x: Array, step: Callable[..., Any], inputs: Tree) -> tuple[Array, Tree]:
+        """Threads x through step(block, x, place, layer, input) for all blocks in order.
+
+        Args:
+            x: the carry.
+            step: returns the new carry and an output.
+            inputs: per place, trees with a leading axis over repeats; or None.
+
+        Returns:
+            The last carry, and per place the outputs with a leading axis over repeats.
+        """
+        split = [nnx.split(group) for group in self.groups]
+        states = {str(place): state for place, (_, state) in enumerate(split)}
+
+        def body(carry: Array, xs: Any) -> tuple[Array, Tree]:
+            repeat, states, inputs = xs
+            outputs = {}
+            for place, (graph, _) in enumerate(split):
+                name = str(place)
+
+                def run(
+                    state: Any, carry: Array, given: Any, place: int = place, graph: Any = graph
+                ) -> Any:
+                    layer = repeat * self.period + place
+                    return step(nnx.merge(graph, state), carry, place, layer, given)
+
+                given = None if inputs is None else inputs[name]
+                carry, outputs[name] = _remat(run, self.remat)(states[name], carry, given)
+            return carry, outputs
+
+        xs = (jnp.arange(self.repeats, dtype=jnp.int32), states, inputs)
+        if self.repeats > 1:
+            return jax.lax.scan(body, x, xs)
+        x, outputs = body(x, jax.tree.map(lambda leaf: leaf[0], xs))
+        return x, jax.tree.map(lambda leaf: leaf[None], outputs)
+
+
+def _period(config: LMConfig | ViTConfig, pattern: tuple[bool, ...]) -> int:
+    """The period of the pattern where `moe_every` made it; the whole depth where it was listed."""
+    if config.moe_blocks:
+        return len(pattern)
+    return max(config.moe_every, 1)
+
+
+def _stack_modules(modules: list[Block]) -> Block:
+    """One module whose arrays are those of `modules`, stacked on a new first axis."""
+    split = [nnx.split(module) for module in modules]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[state for _, state in split])
+    return nnx.merge(split[0][0], stacked)
+
+
+def _remat(function: Callable[..., Any], policy: str) -> Callable[..., Any]:
+    if policy == "none":
+        return function
+    if policy == "full":
+        return jax.checkpoint(function)
+    return jax.checkpoint(
+        function, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    )

@@ -1,0 +1,101 @@
+"""The Mixture-of-Experts layer: the path of a token from top to bottom."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from emoe_jax.config import MoEConfig
+from emoe_jax.dispatch import dispatcher
+from emoe_jax.experts import Experts
+from emoe_jax.layers import MLP
+from emoe_jax.routers import Context, make_router
+
+Array = jax.Array
+
+
+class Aux(NamedTuple):
+    """What a layer tells besides its output.
+
+    Attributes:
+        loss: scalar float32, the router's auxiliary loss, weights applied.
+        metrics: scalars that do not add up over microbatches.
+        stats: sums over real tokens (see `routers.base.Routing`) and `dropped` [], from which
+            `metrics.routing_metrics` computes loads and violations.
+    """
+
+    loss: Array
+    metrics: dict[str, Array]
+    stats: dict[str, Array]
+
+
+class MoE(nnx.Module):
+    """Mixture-of-Experts layer: route, dispatch, experts, combine.
+
+    Example:
+        layer = MoE(MoEConfig(router="eigen", experts=8, top_k=2), 256, rngs=nnx.Rngs(0))
+        out, aux = layer(tokens)  # tokens [B,S,256]; aux.stats["load"] [8]
+
+    Args:
+        config: the layer.
+        width: D.
+        dtype: compute dtype of the experts; the router is float32.
+        rngs: initial weights are drawn from its stream `params`.
+
+    Raises:
+        ValueError: the configuration cannot be built; see `MoEConfig` and the routers.
+    """
+
+    def __init__(
+        self, config: MoEConfig, width: int, *, dtype: str = "float32", rngs: nnx.Rngs
+    ) -> None:
+        self.config = config
+        self.router = make_router(config, width, rngs=rngs)
+        self.experts = Experts(config, width, dtype=dtype, rngs=rngs)
+        if config.shared_hidden:
+            self.shared = MLP(width, config.shared_hidden, config.activation, dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        tokens: Array,
+        *,
+        mask: Array | None = None,
+        ids: Array | None = None,
+        rows: Array | None = None,
+        key: Array | None = None,
+    ) -> tuple[Array, Aux]:
+        """Sends each token through its experts.
+
+        Args:
+            tokens: [B,S,D].
+            mask: [B,S] bool, False for padding: routed nowhere, counted nowhere, output zero (but
+                for a shared expert's).
+            ids: [B,S] int32, token ids; the hash router needs them.
+            rows: [B] int32, position of each sequence in the global batch; 0 to B-1 where omitted.
+            key: random key; the random router needs it.
+
+        Returns:
+            Outputs [B,S,D] in the dtype of the tokens, and `Aux`.
+        """
+        B, S, D = tokens.shape
+        mask = jnp.ones((B, S), bool) if mask is None else mask
+        flat = tokens.reshape(B * S, D)
+        move = dispatcher(self.config.dispatch)
+
+        with jax.named_scope("route"):
+            routing = self.router(flat, Context(mask, ids, rows, key))
+        with jax.named_scope("dispatch"):
+            groups = move.dispatch(flat, routing, mask.reshape(-1), self.config.capacity_factor)
+        with jax.named_scope("experts"):
+            outputs = self.experts(groups)
+        with jax.named_scope("combine"):
+            combined = move.combine(outputs, groups)
+
+        out = combined.reshape(B, S, D).astype(tokens.dtype)
+        if self.config.shared_hidden:
+            out = out + self.shared(tokens)
+        stats = jax.lax.stop_gradient(routing.stats | {"dropped": groups.dropped})
+        return out, Aux(routing.aux_loss, routing.metrics, stats)

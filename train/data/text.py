@@ -1,0 +1,237 @@
+"""Text for language models: documents in, packed rows of ids out.
+
+Training rows are endless, seeded and exactly restorable. Held-out documents are scored in
+overlapping windows, every target once, so that bits per byte do not depend on batch or row length
+more than through the context that a target sees.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Iterator, Sequence
+
+import grain
+import numpy as np
+from grain import experimental as grain_experimental
+
+from train.data import packing, shards, sources
+from train.data.config import BYTE_VOCABULARY, TextConfig
+from train.data.tokenizer import Tokenizer, byte_tokenizer, cached_bpe
+
+__all__ = ["TextConfig", "TextData", "load_text"]
+
+_PREFETCH = 2
+"""Batches that a thread makes ready while the model computes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TextData:
+    """Tokenised text of a run; `load_text` builds it.
+
+    Attributes:
+        config: What it was built from.
+        tokenizer: Encodes and decodes.
+        heldout_bytes: UTF-8 bytes of the held-out documents: the denominator of bits per byte.
+        heldout_targets: Targets that `heldout_batches` scores, one EOS per document included.
+    """
+
+    config: TextConfig
+    tokenizer: Tokenizer
+    heldout_bytes: int
+    heldout_targets: int
+    _documents: tuple[sources.Documents, ...] = dataclasses.field(repr=False)
+    _heldout: tuple[np.ndarray, ...] = dataclasses.field(repr=False)
+
+    @functools.cached_property
+    def _tokenised(self) -> tuple[tuple[np.ndarray, ...], ...]:
+        """For each source its framed training documents; none where it streams.
+
+        Programs that only score or sample never ask for them.
+        """
+        return tuple(
+            () if each.streamed else tuple(_frame_all(self.tokenizer, each.train))
+            for each in self._documents
+        )
+
+    @property
+    def train_targets(self) -> int:
+        """Targets of one epoch of the sources that are held in memory."""
+        return sum(len(ids) - 1 for documents in self._tokenised for ids in documents)
+
+    def train_iterator(
+        self, batch: int, *, seed: int, process_index: int = 0, process_count: int = 1
+    ) -> grain.DatasetIterator:
+        """Returns an endless iterator of training batches.
+
+        Every epoch visits each piece once, in an order and with cuts of its own. Sources are mixed
+        row by row, by weight. Processes see disjoint parts of every epoch.
+
+        Args:
+            batch: Rows of the global batch; B = batch // process_count rows come from here.
+            seed: Seed, non-negative.
+            process_index: This process.
+            process_count: Processes that share the batch.
+
+        Returns:
+            An iterator of dicts, all [B, S] int32: `tokens` (inputs), `targets` (the next token),
+            `segments` (1, 2, … per piece in the row, 0 for padding) and `positions` (from 0 in
+            each piece). Its `get_state()` is a JSON-serialisable dict, and `set_state()` of it
+            continues with the very next batch. `close()` stops its thread.
+
+        Raises:
+            ValueError: If the processes do not divide the batch, or the seed is negative.
+        """
+        rows_here = shards.rows_per_process(batch, process_index, process_count)
+        shards.check_seed(seed)
+        rows = [
+            self._rows(i, shards.derive_seed(seed, i), process_index, process_count)
+            for i in range(len(self._documents))
+        ]
+        mixed = rows[0] if len(rows) == 1 else grain.IterDataset.mix(rows, self.config.weights)
+        batches = mixed.batch(rows_here, drop_remainder=True).map(packing.named_rows)
+        return iter(
+            grain_experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=_PREFETCH)
+        )
+
+    def _rows(
+        self, source: int, seed: int, process_index: int, process_count: int
+    ) -> grain.IterDataset:
+        """Returns the endless packed rows of one source."""
+        documents = self._documents[source]
+        keys = {
+            "sequence_length": self.config.sequence_length,
+            "seed": seed,
+            "process_index": process_index,
+            "process_count": process_count,
+        }
+        if not documents.streamed:
+            return packing.memory_rows(self._tokenised[source], **keys)
+        tokenise = functools.partial(_frame, self.tokenizer)
+        return packing.streamed_rows(documents.train, tokenise, **keys)
+
+    def heldout_batches(
+        self,
+        batch: int,
+        *,
+        stride: int | None = None,
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Yields batches that score every held-out target exactly once, always in the same order.
+
+        A document is read in windows of S positions that begin `stride` apart; a window scores
+        what the window before it did not reach. Windows that are short are packed together.
+
+        Args:
+            batch: Rows of the global batch; B = batch // process_count rows come from here.
+            stride: From 1 to S; default S // 2, so that every target but a document's first S has
+                at least S // 2 positions of context.
+            process_index: This process.
+            process_count: Processes that share the batch; all get the same number of batches.
+
+        Returns:
+            An iterator of dicts as of `train_iterator`, with `scored` [B, S] bool: false for
+            context and for padding. Rows that pad the last batch have segments 0.
+
+        Raises:
+            ValueError: If the processes do not divide the batch, or the stride is out of range.
+        """
+        S = self.config.sequence_length
+        rows_here = shards.rows_per_process(batch, process_index, process_count)
+        stride = S // 2 if stride is None else stride
+        if not 1 <= stride <= S:
+            raise ValueError(f"stride={stride} must lie between 1 and data.sequence_length={S}")
+        batches = packing.heldout_rows(self._heldout, batch=batch, sequence_length=S, stride=stride)
+        mine = slice(process_index * rows_here, (process_index + 1) * rows_here)
+        return ({key: rows[mine] for key, rows in arrays.items()} for arrays in batches)
+
+
+def load_text(config: TextConfig, *, tokenizer_path: pathlib.Path | None = None) -> TextData:
+    """Reads, splits and tokenises the documents of a run.
+
+    Args:
+        config: The `data.*` keys.
+        tokenizer_path: The run's own tokenizer.json. If the file exists, the run goes on with it;
+            otherwise the tokenizer is built as `config` says and saved there.
+
+    Returns:
+        The data.
+
+    Raises:
+        ValueError: If a document or the tokenizer does not fit the configuration.
+        FileNotFoundError: If files or a prepared dataset are missing.
+        ModuleNotFoundError: If a package is missing.
+    """
+    documents = [sources.load_documents(source, config) for source in config.sources]
+    tokenizer = _load_tokenizer(config, documents, tokenizer_path)
+    heldout = [text for each in documents for text in each.heldout if text]
+    if not heldout:
+        raise ValueError(f"the held-out documents of {config.sources} hold no text")
+    framed = tuple(_frame_all(tokenizer, heldout))
+    return TextData(
+        config=config,
+        tokenizer=tokenizer,
+        heldout_bytes=sum(len(text.encode("utf-8")) for text in heldout),
+        heldout_targets=sum(len(ids) - 1 for ids in framed),
+        _documents=tuple(documents),
+        _heldout=framed,
+    )
+
+
+def _load_tokenizer(
+    config: TextConfig, documents: Sequence[sources.Documents], path: pathlib.Path | None
+) -> Tokenizer:
+    """Takes the run's tokenizer if it has one, else builds the one that is asked for."""
+    if path is not None and path.is_file():
+        tokenizer = Tokenizer.load(path)
+    elif config.tokenizer == "bytes":
+        tokenizer = byte_tokenizer()
+    elif config.tokenizer == "bpe":
+        texts = [text for each in documents for text in _tokenizer_texts(each, config)]
+        tokenizer = cached_bpe(texts, config.vocab_size, config.cache_dir)
+    else:
+        tokenizer = Tokenizer.load(config.tokenizer)
+    _check_vocab_size(config, tokenizer, path)
+    if path is not None and not path.is_file():
+        tokenizer.save(path)
+    return tokenizer
+
+
+def _tokenizer_texts(documents: sources.Documents, config: TextConfig) -> Sequence[str]:
+    """Chooses the documents that train a tokenizer: all of them, or a spread of a stream."""
+    if not documents.streamed:
+        return documents.train
+    chosen = sources.evenly_spaced(len(documents.train), config.tokenizer_documents)
+    return [documents.train[i] for i in chosen]
+
+
+def _check_vocab_size(config: TextConfig, tokenizer: Tokenizer, path: pathlib.Path | None) -> None:
+    """Refuses a vocabulary size that the tokenizer does not have.
+
+    A size equal to the default may have been left out, and says nothing where it is not used.
+    """
+    if tokenizer.vocab_size == config.vocab_size:
+        return
+    left_out = config.vocab_size == TextConfig.vocab_size
+    if config.tokenizer not in ("bytes", "bpe") and left_out:
+        return
+    if config.tokenizer == "bytes" and left_out and tokenizer.vocab_size == BYTE_VOCABULARY:
+        return
+    origin = f"in {path}" if path is not None and path.is_file() else f"{config.tokenizer!r}"
+    raise ValueError(
+        f"data.vocab_size={config.vocab_size}, but the tokenizer {origin} has "
+        f"{tokenizer.vocab_size} ids; set data.vocab_size={tokenizer.vocab_size}, or choose the "
+        "tokenizer that belongs to this run"
+    )
+
+
+def _frame(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """Returns BOS, the text's ids, EOS."""
+    return _frame_all(tokenizer, [text])[0]
+
+
+def _frame_all(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+    """Returns for each text BOS, its ids, EOS."""
+    bos = np.array([tokenizer.bos_id], np.int32)
+    eos = np.array([tokenizer.eos_id], np.int32)
+    return [np.concatenate([bos, ids, eos]) for ids in tokenizer.encode_batch(texts)]

@@ -1,0 +1,363 @@
+"""What a run leaves to read: metrics.jsonl, TensorBoard events, and a line or a bar on the screen.
+
+`metrics.jsonl` holds one JSON object a line, `{"step": 12, "train/loss": 3.25}`, steps ascending.
+Numbers are written as Python's `repr` writes them, so they read back to the same bits. JSON has no
+NaN and no infinities, and a loss must be able to show them: they are written as the strings
+"NaN", "Infinity" and "-Infinity", which any strict parser reads and which `float` and JavaScript's
+`Number` turn back into numbers. `read_metrics` does so.
+
+A run that resumes from step s continues both logs as if the steps after s had never been taken:
+their lines are moved to `metrics.discarded.jsonl`, and TensorBoard is told to hide their events.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+METRICS = "metrics.jsonl"
+DISCARDED = "metrics.discarded.jsonl"
+
+# Dense bfloat16 FLOP/s of one JAX device, by `jax.Device.device_kind`; sources in `peak_flops`.
+_PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 2307e12 / 2,  # a chip is two devices
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Published dense bfloat16 peak of one JAX device, for the model FLOP utilisation.
+
+    Sources: cloud.google.com/tpu/docs pages v4, v5e, v5p, v6e, tpu7x, "peak compute per chip
+    (BF16)" (275, 197, 459, 918, 2307 TFLOP/s; a TPU7x chip appears as two devices, each with half
+    of it, while v4 and v5p chips appear as one). NVIDIA data sheets "BFLOAT16 Tensor Core", of
+    which the figures with sparsity are halved: A100 312, H100 SXM 989 (1,979 sparse), H200 SXM 989
+    (1,979 sparse), B200 in HGX 2250 (4,500 sparse). PCIe and NVL models of Hopper are slower and
+    have names of their own, which are not in the table.
+
+    Args:
+        device_kind: `jax.devices()[0].device_kind`.
+
+    Returns:
+        FLOP/s, or None for a device that the table does not have, such as "cpu".
+    """
+    return _PEAK_FLOPS.get(device_kind)
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Reads a metrics file; the lines of one step become one dict.
+
+    Args:
+        path: the file, or the folder of the run.
+
+    Returns:
+        One dict a step, ascending: "step" as int, every other value as float. A torn last line
+        (the run was killed, or is writing just now) is left out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line before the last is no JSON object with a step.
+    """
+    file = Path(path)
+    file = file / METRICS if file.is_dir() else file
+    if not file.exists():
+        raise FileNotFoundError(f"There are no metrics at {file}; give the --workdir of a run.")
+    steps: dict[int, dict[str, Any]] = {}
+    for line in _whole_lines(file):
+        scalars = json.loads(line)
+        step = scalars.pop("step")
+        row = steps.setdefault(step, {"step": step})
+        row.update({name: float(value) for name, value in scalars.items()})
+    return [steps[step] for step in sorted(steps)]
+
+
+class RunLog:
+    """The logs of one run; a context manager.
+
+    Args:
+        workdir: the run's folder, local; made if absent.
+        total_steps: optimizer steps of the whole run.
+        unit: what the rate counts, "tokens" or "images".
+        resume_step: the step of the checkpoint that the run continues from; None for a new run,
+            whose folder is then read as if it had no logs.
+        enabled: whether this process writes: `jax.process_index() == 0`. Otherwise every method
+            does nothing.
+        every_s: seconds between plain progress lines where the output is no terminal.
+        console: where progress goes; standard error by default.
+        clock: seconds, for the time left.
+
+    Raises:
+        ValueError: `total_steps` is not positive, `unit` is another word, `resume_step` is
+            negative, or the existing metrics file is no such file.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        *,
+        total_steps: int,
+        unit: str,
+        resume_step: int | None = None,
+        enabled: bool = True,
+        every_s: float = 10.0,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if total_steps < 1:
+            raise ValueError(f"total_steps={total_steps} must be at least 1.")
+        if unit not in ("tokens", "images"):
+            raise ValueError(f"unit={unit!r} must be 'tokens' or 'images'.")
+        if resume_step is not None and resume_step < 0:
+            raise ValueError(f"resume_step={resume_step} must be at least 0, or None.")
+        self._enabled = enabled
+        if not enabled:
+            return
+        folder = Path(workdir)
+        folder.mkdir(parents=True, exist_ok=True)
+        discard_after(folder, -1 if resume_step is None else resume_step)
+        self._step = -1 if resume_step is None else resume_step
+        self._file = (folder / METRICS).open("a", encoding="utf-8")
+        self._events = _open_events(folder, purge_step=self._step + 1)
+        self._screen = _Screen(
+            console or Console(stderr=True), total_steps, unit, max(self._step, 0), every_s, clock
+        )
+
+    def __enter__(self) -> RunLog:
+        """Returns itself."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Closes."""
+        self.close()
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Appends a line of scalars and their TensorBoard events; both are flushed.
+
+        Args:
+            step: optimizer step, not before one that was written already.
+            scalars: slash names such as "train/loss" to numbers or arrays without axes.
+
+        Raises:
+            ValueError: `step` runs backwards, or a scalar is called "step".
+            OSError: the disk refuses.
+        """
+        if not self._enabled:
+            return
+        if step < self._step:
+            raise ValueError(
+                f"Step {step} comes after step {self._step} was logged; a run resumed from an "
+                "earlier checkpoint gives that step as resume_step."
+            )
+        if "step" in scalars:
+            raise ValueError("A scalar cannot be called 'step'; it is the line's own key.")
+        numbers = {name: float(value) for name, value in scalars.items()}
+        line = {"step": int(step)} | {name: _strict(value) for name, value in numbers.items()}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+        for name, value in numbers.items():
+            self._event(step, summary.scalar(name, value))
+        self._events.flush()
+        self._step = step
+
+    def histograms(self, step: int, arrays: Mapping[str, ArrayLike]) -> None:
+        """Writes histograms of 30 bins to TensorBoard; values that are not finite are left out.
+
+        Args:
+            step: optimizer step.
+            arrays: slash names such as "router/layer_03/load" to arrays of any shape.
+        """
+        if not self._enabled:
+            return
+        for name, array in arrays.items():
+            values = np.asarray(array, np.float64).ravel()
+            values = values[np.isfinite(values)]
+            if values.size:
+                self._event(step, summary.histogram(name, values, bins=30))
+        self._events.flush()
+
+    def progress(
+        self,
+        step: int,
+        *,
+        loss: float,
+        rate: float,
+        mfu: float | None = None,
+        max_vio: float | None = None,
+    ) -> None:
+        """Moves the bar, or on other outputs than a terminal prints a line now and then.
+
+        Args:
+            step: optimizer steps done.
+            loss: training loss.
+            rate: tokens or images a second, of all devices together.
+            mfu: model FLOP utilisation between 0 and 1, where the device's peak is known.
+            max_vio: maximal violation of balance, max load / mean load - 1, of the worst layer.
+        """
+        if self._enabled:
+            self._screen.show(step, float(loss), float(rate), mfu, max_vio)
+
+    def close(self) -> None:
+        """Takes the bar off the screen and closes the files."""
+        if self._enabled:
+            self._screen.close()
+            self._events.close()
+            self._file.close()
+
+    def _event(self, step: int, value: Any) -> None:
+        """Queues one summary; written from this thread, so a full disk cannot block the run."""
+        self._events.write_event(Event(wall_time=time.time(), step=int(step), summary=value))
+
+
+def discard_after(workdir: Path, step: int) -> None:
+    """Moves the lines of later steps out of the metrics file, and drops a torn last line.
+
+    The lines are appended to `metrics.discarded.jsonl` first and the shortened file then takes
+    the place of the old one by a rename, so that no crash in between loses one.
+
+    Args:
+        workdir: the run's folder.
+        step: the last step whose lines stay.
+
+    Raises:
+        ValueError: a line before the last is no JSON object with a step.
+    """
+    file = workdir / METRICS
+    if not file.exists():
+        return
+    lines = _whole_lines(file)
+    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    dropped = [line for line in lines if json.loads(line)["step"] > step]
+    if dropped:
+        with (workdir / DISCARDED).open("a", encoding="utf-8") as discarded:
+            discarded.write("".join(line + "\n" for line in dropped))
+    shortened = workdir / (METRICS + ".tmp")
+    with shortened.open("w", encoding="utf-8") as out:
+        out.write("".join(line + "\n" for line in kept))
+        out.flush()
+        os.fsync(out.fileno())
+    shortened.replace(file)
+
+
+class _Screen:
+    """The bar on a terminal, plain lines elsewhere."""
+
+    def __init__(
+        self,
+        console: Console,
+        total: int,
+        unit: str,
+        first: int,
+        every_s: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self._console, self._total, self._unit, self._clock = console, total, unit, clock
+        self._first, self._start = first, clock()
+        self._every_s, self._next = every_s, -math.inf
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            self._bar = Progress(
+                MofNCompleteColumn(),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[words]}", markup=False),
+                TimeRemainingColumn(compact=True),
+                console=console,
+                expand=True,
+            )
+            self._task: TaskID = self._bar.add_task("", total=total, completed=first, words="")
+            self._bar.start()
+
+    def show(
+        self, step: int, loss: float, rate: float, mfu: float | None, max_vio: float | None
+    ) -> None:
+        """Shows one state of the run."""
+        words = [f"loss {loss:.4f}", f"{rate:,.0f} {self._unit}/s"]
+        words += [] if mfu is None else [f"MFU {100 * float(mfu):.1f}%"]
+        words += [] if max_vio is None else [f"MaxVio {float(max_vio):.3f}"]
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, words="  ".join(words))
+            return
+        now = self._clock()
+        if now < self._next and step < self._total:
+            return
+        self._next = now + self._every_s
+        left = self._left(step, now)
+        words = [f"step {step}/{self._total}", *words, *([] if left is None else [f"left {left}"])]
+        self._console.print("  ".join(words), markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Stops the bar's thread and leaves its last state on the screen."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _left(self, step: int, now: float) -> str | None:
+        """Time to the last step at the mean pace so far, as h:mm:ss; None before a step is done."""
+        if step <= self._first:
+            return None
+        seconds = round((now - self._start) / (step - self._first) * (self._total - step))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+def _open_events(folder: Path, purge_step: int) -> EventsWriter:
+    """Opens a new event file, and hides the events of earlier files from `purge_step` on."""
+    # Nanoseconds: two runs that start in one second would overwrite each other's file.
+    events = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
+    start = SessionLog(status=SessionLog.START)
+    events.write_event(Event(wall_time=time.time(), step=purge_step, session_log=start))
+    events.flush()
+    return events
+
+
+def _strict(value: float) -> float | str:
+    """A finite number itself, another one's name."""
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+
+
+def _whole_lines(file: Path) -> list[str]:
+    """The lines of a metrics file, checked, without a last one that the writer did not finish."""
+    *lines, _torn = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            whole = isinstance(json.loads(line)["step"], int)
+        except (ValueError, TypeError, KeyError):
+            whole = False
+        if not whole:
+            raise ValueError(
+                f"Line {number} of {file} is no metrics line: {line[:80]!r}. Remove that line, or "
+                "move the file away, or use another --workdir."
+            )
+    return lines
