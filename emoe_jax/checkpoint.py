@@ -21,7 +21,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -202,7 +202,7 @@ class Checkpoints:
 
         Raises:
             FileNotFoundError: no such step.
-            CheckpointError: the file is damaged.
+            CheckpointError: the file cannot be read.
         """
         return self._read_run(step)["meta"]
 
@@ -223,8 +223,8 @@ class Checkpoints:
             ValueError: `abstract` is no such tree.
             CheckpointMismatch: names, shapes or dtypes differ; all of them are listed. Nothing
                 has been read then.
-            CheckpointError: the stored data is damaged, or the data position is that of another
-                number of processes.
+            CheckpointError: the data cannot be read, is not what was saved, or holds the data
+                positions of another number of processes.
         """
         wanted = _flatten(abstract, _check_spec)
         if not wanted:
@@ -243,7 +243,7 @@ class Checkpoints:
         arrays = _flatten(tree, _check_array)
         changed = [k for k, v in _digests(arrays).items() if v != run["digests"][k]]
         if changed:
-            raise self._read_failure(step, f"other bits than were saved in {', '.join(changed)}")
+            raise self._read_failure(step, f"{', '.join(changed)} hold other bits than were saved")
         filled = jax.tree.map_with_path(
             lambda path, _: arrays["/".join(part.key for part in path)], abstract
         )
@@ -322,7 +322,7 @@ class Checkpoints:
 
     @contextmanager
     def _reading(self, step: int) -> Iterator[None]:
-        """Whatever fails while a complete step is read is damage to it."""
+        """Says which step could not be read, and what else there is, whatever orbax raises."""
         try:
             yield
         except Exception as error:
@@ -330,7 +330,8 @@ class Checkpoints:
 
     def _write_failure(self, step: int, error: Exception) -> CheckpointError:
         """The error of a failed save; forgets the step, which orbax had listed already."""
-        self._manager.reload()
+        with suppress(OSError):  # the directory itself may be gone
+            self._manager.reload()
         kept = sorted(self._manager.all_steps())
         try:
             free = f"{shutil.disk_usage(os.fspath(self.directory)).free:,} bytes free"
@@ -344,12 +345,12 @@ class Checkpoints:
         )
 
     def _read_failure(self, step: int, reason: str) -> CheckpointError:
-        """The error of a checkpoint that is complete but cannot be used."""
+        """The error of a step that is listed but cannot be used."""
         others = [s for s in self.all_steps() if s != step]
         return CheckpointError(
-            f"The checkpoint of step {step} in {self.directory} is damaged: {reason}. "
-            f"Remove the folder {self.directory / str(step)} and resume from another step "
-            f"({others or 'there is none'}), or copy it again from where it is sound."
+            f"The checkpoint of step {step} could not be read: {reason}. If its files are damaged, "
+            f"move the folder {self.directory / str(step)} away and resume from another step "
+            f"({others or 'there is none'})."
         )
 
 
@@ -365,6 +366,9 @@ def _options(
     return ocp.CheckpointManagerOptions(
         best_fn=badness,  # orbax stores metrics only where there is one
         cleanup_tmp_directories=True,
+        # A folder that cannot be made is then an error at once; in the background, the writers
+        # would wait for it until orbax's timeout of many minutes.
+        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         save_decision_policy=policies.AnySavePolicy(due),
         preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep_last), best]),
     )

@@ -226,6 +226,51 @@ def _block_sizes(M: int, E: int) -> tuple[int, ...]:
     return tuple(sorted({min(step * i, M) for i in range(1, _TAILS + 1)}))
 
 
+def _split(
+    end: jax.Array, size: jax.Array, blocks: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Cuts an expert's rows: its first row, how many full blocks, and which size holds the rest.
+
+    The last is 1 + the index of the smallest block that holds the rest, or 0 for no rest.
+    """
+    full = size // blocks[-1]
+    rest = size - full * blocks[-1]
+    tail = jnp.sum(rest > jnp.asarray((0, *blocks[:-1]), jnp.int32), dtype=jnp.int32)
+    return end - size, full, tail
+
+
+def _reach(tail: jax.Array, blocks: tuple[int, ...]) -> jax.Array:
+    return jnp.asarray((0, *blocks), jnp.int32)[tail]
+
+
+def _repeat(
+    times: jax.Array, out: jax.Array, run: Callable[..., jax.Array], *operands: jax.Array
+) -> jax.Array:
+    """Runs `run(i, out, *operands)` so many times; a condition runs it once or never.
+
+    Not `lax.switch`: XLA on CPU copies the whole of `out` around a conditional, at each expert,
+    and updates a loop's carry in place. `run` must use `i`: work that does not depend on the
+    iteration is moved in front of the loop and done even where the loop runs zero times.
+    """
+    return lax.fori_loop(
+        0, times.astype(jnp.int32), lambda i, out: run(i, out, *operands), out
+    )
+
+
+def _matrix_shape(weights: jax.Array, dimensions: lax.DotDimensionNumbers) -> tuple[int, int]:
+    """E, and the width of the product's rows."""
+    return weights.shape[0], weights.shape[2 if dimensions == _ROWS_BY_MATRIX else 1]
+
+
+def _write_rows(out: jax.Array, block: jax.Array, start: jax.Array) -> jax.Array:
+    return lax.dynamic_update_slice(out, block.astype(out.dtype), (start, jnp.zeros_like(start)))
+
+
+def _write_matrix(out: jax.Array, matrix: jax.Array, e: jax.Array) -> jax.Array:
+    zero = jnp.zeros_like(e)
+    return lax.dynamic_update_slice(out, matrix[None], (e, zero, zero))
+
+
 def _slice_rows(array: jax.Array, start: jax.Array, count: int) -> jax.Array:
     # lax's dynamic_slice clamps the start so that the block stays inside the array.
     block = lax.dynamic_slice(array, (start, jnp.zeros_like(start)), (count, array.shape[1]))
@@ -253,60 +298,42 @@ def _cpu_rows(
     Experts are taken in order. A block may reach past its expert's rows: what it writes there is
     overwritten by the experts after it, or zeroed at the end.
     """
-    M, width = rows.shape[0], weights.shape[2 if dimensions == _ROWS_BY_MATRIX else 1]
-    E = weights.shape[0]
+    M, E, width = rows.shape[0], *_matrix_shape(weights, dimensions)
     blocks = _block_sizes(M, E)
     ends = jnp.cumsum(sizes, dtype=jnp.int32)
 
-    def block_product(out, matrix, start, *, count: int):
+    def block_product(i, out, matrix, start, *, count: int):
+        start = start + i * count
         block = lax.dot_general(_slice_rows(rows, start, count), matrix, dimensions)
-        block = block.astype(out.dtype)
-        return lax.dynamic_update_slice(out, block, (start, jnp.zeros_like(start)))
+        return _write_rows(out, block, start)
 
-    def last_product(out, matrix, start):
+    def last_product(i, out, matrix, start):
         # A block that would pass the array's end is moved up; the rows before `start` that it then
         # covers are done already and must stay.
         count = blocks[-1]
+        start = start + i * count
         first = jnp.minimum(start, M - count)
         block = lax.dot_general(_slice_rows(rows, first, count), matrix, dimensions)
         old = lax.dynamic_slice(out, (first, jnp.zeros_like(first)), (count, width))
         done = first + jnp.arange(count, dtype=jnp.int32) < start
-        block = jnp.where(done[:, None], old, block.astype(out.dtype))
-        return lax.dynamic_update_slice(out, block, (first, jnp.zeros_like(first)))
-
-    branches = [lambda out, matrix, start: out]
-    branches += [partial(block_product, count=count) for count in blocks]
-    branches += [last_product]
+        return _write_rows(out, jnp.where(done[:, None], old, block.astype(out.dtype)), first)
 
     def expert(e, out):
         matrix = _slice_matrix(weights, e)
-        start = ends[e] - sizes[e]
-        full = sizes[e] // blocks[-1]
-        out = lax.fori_loop(
-            0,
-            full,
-            lambda i, out: block_product(out, matrix, start + i * blocks[-1], count=blocks[-1]),
-            out,
-        )
+        start, full, tail = _split(ends[e], sizes[e], blocks)
+        out = _repeat(full, out, partial(block_product, count=blocks[-1]), matrix, start)
         start = start + full * blocks[-1]
-        branch = _branch(ends[e] - start, blocks)
-        reach = jnp.asarray((0, *blocks), jnp.int32)[branch]
-        branch = jnp.where(start + reach > M, len(blocks) + 1, branch)
-        return lax.switch(branch, branches, out, matrix, start)
+        inside = start + _reach(tail, blocks) <= M
+        for i, count in enumerate(blocks):
+            run = partial(block_product, count=count)
+            out = _repeat((tail == i + 1) & inside, out, run, matrix, start)
+        return _repeat((tail > 0) & ~inside, out, last_product, matrix, start)
 
     out = lax.fori_loop(0, E, expert, jnp.zeros_like(rows, shape=(M, width)))
     # The last expert with rows wrote at most one block past the end of the groups.
     first = jnp.minimum(ends[-1], M - blocks[-1])
-    zero = jnp.zeros_like(first)
-    spilt = lax.dynamic_slice(out, (first, zero), (blocks[-1], width))
-    return lax.dynamic_update_slice(
-        out, _keep_between(spilt, first, jnp.zeros_like(first), ends[-1]), (first, zero)
-    )
-
-
-def _branch(remaining: jax.Array, blocks: tuple[int, ...]) -> jax.Array:
-    """0 for no rows, else 1 + the index of the smallest block that holds them."""
-    return jnp.sum(remaining > jnp.asarray((0, *blocks[:-1]), jnp.int32), dtype=jnp.int32)
+    spilt = lax.dynamic_slice(out, (first, jnp.zeros_like(first)), (blocks[-1], width))
+    return _write_rows(out, _keep_between(spilt, first, jnp.zeros_like(first), ends[-1]), first)
 
 
 def _cpu_weights(rows: jax.Array, d_out: jax.Array, sizes: jax.Array) -> jax.Array:
@@ -318,34 +345,26 @@ def _cpu_weights(rows: jax.Array, d_out: jax.Array, sizes: jax.Array) -> jax.Arr
     blocks = _block_sizes(M, E)
     ends = jnp.cumsum(sizes, dtype=jnp.int32)
 
-    def tail_product(out, e, start, end, *, count: int):
+    def tail_product(i, out, e, start, *, count: int):
+        start = start + i * count
         first = jnp.minimum(start, M - count)
-        left = _keep_between(_slice_rows(rows, first, count), first, start, end)
-        right = _keep_between(_slice_rows(d_out, first, count), first, start, end)
-        matrix = lax.dot_general(left, right, _COLUMNS_BY_COLUMNS)
-        return lax.dynamic_update_slice(out, matrix[None], (e, jnp.zeros_like(e), jnp.zeros_like(e)))
+        left = _keep_between(_slice_rows(rows, first, count), first, start, ends[e])
+        right = _keep_between(_slice_rows(d_out, first, count), first, start, ends[e])
+        return _write_matrix(out, lax.dot_general(left, right, _COLUMNS_BY_COLUMNS), e)
 
-    def full_product(i, out, *, e, start):
-        first = start + i * blocks[-1]
-        matrix = lax.dot_general(
-            _slice_rows(rows, first, blocks[-1]),
-            _slice_rows(d_out, first, blocks[-1]),
-            _COLUMNS_BY_COLUMNS,
-        )
-        matrix = _slice_matrix(out, e) + matrix
-        return lax.dynamic_update_slice(out, matrix[None], (e, jnp.zeros_like(e), jnp.zeros_like(e)))
-
-    branches = [lambda out, e, start, end: out]
-    branches += [partial(tail_product, count=count) for count in blocks]
+    def full_product(i, out, e, start):
+        start = start + i * blocks[-1]
+        left = _slice_rows(rows, start, blocks[-1])
+        right = _slice_rows(d_out, start, blocks[-1])
+        matrix = _slice_matrix(out, e) + lax.dot_general(left, right, _COLUMNS_BY_COLUMNS)
+        return _write_matrix(out, matrix, e)
 
     def expert(e, out):
-        full = sizes[e] // blocks[-1]
-        tail = ends[e] - sizes[e] + full * blocks[-1]
-        branch = _branch(ends[e] - tail, blocks)
-        out = lax.switch(branch, branches, out, e, tail, ends[e])
-        return lax.fori_loop(
-            0, full, partial(full_product, e=e, start=ends[e] - sizes[e]), out
-        )
+        start, full, tail = _split(ends[e], sizes[e], blocks)
+        for i, count in enumerate(blocks):
+            run = partial(tail_product, count=count)
+            out = _repeat(tail == i + 1, out, run, e, start + full * blocks[-1])
+        return _repeat(full, out, full_product, e, start)
 
     # Low-precision gradients are summed over blocks in float32 and rounded once.
     out = jnp.zeros_like(rows, shape=(E, D, F), dtype=_accumulator(rows.dtype))

@@ -404,6 +404,27 @@ def test_a_process_killed_while_it_saves_leaves_the_step_before(tmp_path: Path) 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
 
 
+def test_a_directory_that_is_gone_is_a_checkpoint_error(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "ck", every=1)
+    (tmp_path / "ck").rmdir()
+    (tmp_path / "ck").write_text("a file where the folder was")
+    with pytest.raises(CheckpointError, match=r"step 1 could not be written to .*--workdir"):
+        save(checkpoints, 1)
+    checkpoints.close()
+
+
+def test_bits_that_changed_after_the_save_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a disk does silently where the compressor's own checks do not see it."""
+    with Checkpoints(tmp_path, every=1) as checkpoints:
+        with monkeypatch.context() as later:
+            later.setattr("emoe_jax.checkpoint._digests", lambda arrays: dict.fromkeys(arrays, 1))
+            save(checkpoints, 1, {"a": {"w": jnp.ones(3)}, "one": jnp.int32(1)})
+        with pytest.raises(CheckpointError, match=r"read: a/w hold other bits than were saved"):
+            checkpoints.restore(1, on_one_device({"a": {"w": jnp.ones(3)}, "one": jnp.int32(1)}))
+
+
 def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
     noise = {"w": jax.random.normal(jax.random.key(0), (100_000,)), "b": jnp.ones(3)}
     with Checkpoints(tmp_path, every=1) as checkpoints:
@@ -414,7 +435,7 @@ def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
         data = bytearray(largest.read_bytes())
         data[len(data) // 2] ^= 1
         largest.write_bytes(data)
-        with pytest.raises(CheckpointError, match=r"step 2 in .* is damaged: .*\(\[1\]\)"):
+        with pytest.raises(CheckpointError, match=r"step 2 could not be read: .*\(\[1\]\)"):
             checkpoints.restore(2, on_one_device(noise))
         chex.assert_trees_all_equal(checkpoints.restore(1, on_one_device(noise)).train_state, noise)
 
@@ -424,7 +445,7 @@ def test_a_lost_file_is_a_damaged_checkpoint(tmp_path: Path) -> None:
         save(checkpoints, 1)
         checkpoints.wait()
         (tmp_path / "1" / "run" / "metadata").unlink()
-        with pytest.raises(CheckpointError, match=r"step 1 .* is damaged.*there is none"):
+        with pytest.raises(CheckpointError, match=r"step 1 could not be read.*there is none"):
             checkpoints.restore(1, on_one_device(state()))
 
 

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from emoe_jax.config import LMConfig, ViTConfig, moe_layers
+from emoe_jax.config import LMConfig, MoEConfig, ViTConfig, moe_layers
 from emoe_jax.layers import MLP, Attention, LayerNorm, RMSNorm
 from emoe_jax.moe import Aux, MoE
+from emoe_jax.routers import router_class
 
 Array = jax.Array
 Tree = Any
@@ -94,9 +95,6 @@ class Block(nnx.Module):
         return x.at[:, first:].add(branch), aux
 
 
-Extra = dict[str, Any]
-
-
 class Stack(nnx.Module):
     """All blocks of a model.
 
@@ -113,7 +111,6 @@ class Stack(nnx.Module):
         self.groups = nnx.List(
             [_stack_modules(blocks[place :: self.period]) for place in range(self.period)]
         )
-        self.expert_places = tuple(p for p in range(self.period) if pattern[p])
 
     def __call__(
         self, x: Array, positions: Array, segments: Array, ids: Array, rows: Array, key: Array | None
@@ -194,6 +191,36 @@ class Stack(nnx.Module):
             return jax.lax.scan(body, x, xs)
         x, outputs = body(x, jax.tree.map(lambda leaf: leaf[0], xs))
         return x, jax.tree.map(lambda leaf: leaf[None], outputs)
+
+
+def update_router_state(config: MoEConfig, router: Tree, aux: dict[str, Aux]) -> Tree:
+    """The routers' state of the next step.
+
+    Args:
+        config: of the expert layers.
+        router: running state of a whole model, as nested dicts; empty where there is none.
+        aux: of an optimizer step, its statistics summed over microbatches.
+    """
+    if not router:
+        return router
+    update = router_class(config.router).update
+    groups = router["blocks"]["groups"]
+    new = {
+        place: {"moe": {"router": update(config, groups[place]["moe"]["router"], layer.stats)}}
+        for place, layer in aux.items()
+    }
+    return {"blocks": {"groups": new}}
+
+
+def layer_names(config: LMConfig | ViTConfig) -> dict[str, tuple[str, ...]]:
+    """Names "layer_03" of the expert layers, counted by block, for each place of `Stack`."""
+    pattern = moe_layers(config)
+    period = _period(config, pattern)
+    return {
+        str(place): tuple(f"layer_{i:02d}" for i in range(place, len(pattern), period))
+        for place in range(period)
+        if pattern[place]
+    }
 
 
 def _period(config: LMConfig | ViTConfig, pattern: tuple[bool, ...]) -> int:

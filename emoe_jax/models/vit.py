@@ -54,12 +54,18 @@ class EMoEViT(nnx.Module):
         self.head = Linear(D, config.classes, "float32", bias=True, rngs=rngs)
 
     def __call__(
-        self, images: Array, *, rows: Array | None = None, key: Array | None = None
+        self,
+        images: Array,
+        *,
+        mask: Array | None = None,
+        rows: Array | None = None,
+        key: Array | None = None,
     ) -> tuple[Array, dict[str, Aux]]:
         """Class logits.
 
         Args:
             images: [B,height,width,channels] float32, normalised.
+            mask: [B] bool, False for images that only pad the batch, which no router counts.
             rows: [B] int32, position of each image in the global batch.
             key: random key for routers that need one.
 
@@ -84,7 +90,9 @@ class EMoEViT(nnx.Module):
         S = x.shape[1]
         order = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S))
         rows = jnp.arange(B, dtype=jnp.int32) if rows is None else rows
-        x, aux = self.blocks(x, order, jnp.ones((B, S), jnp.int32), order, rows, key)
+        real = jnp.ones((B,), jnp.int32) if mask is None else mask.astype(jnp.int32)
+        segments = jnp.broadcast_to(real[:, None], (B, S))
+        x, aux = self.blocks(x, order, segments, order, rows, key)
         x = self.norm(x)
         pooled = x[:, 0] if self.pools_class else jnp.mean(x.astype(jnp.float32), axis=1)
         return self.head(pooled), aux

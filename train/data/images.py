@@ -47,7 +47,7 @@ class Images(Protocol):
         """
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class ImageSource:
     """What `load_images` finds.
 
@@ -89,7 +89,7 @@ def load_images(config: VisionConfig) -> ImageSource:
     return _load_tfds(config)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class MemoryImages:
     """Images in memory.
 
@@ -224,7 +224,7 @@ def _check_labels(labels: np.ndarray, config: VisionConfig) -> None:
         )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class PreparedImages:
     """The images at some indices of a tfds split, decoded at each access.
 
@@ -267,7 +267,8 @@ class PreparedImages:
         try:
             with Image.open(io.BytesIO(encoded)) as opened:
                 image = opened.convert("L" if self.config.channels == 1 else "RGB")
-        except OSError as error:
+        # Pillow raises SyntaxError for a broken PNG.
+        except (OSError, SyntaxError) as error:
             raise ValueError(
                 f"source {self.config.source!r} example {index} is no image that Pillow reads: "
                 f"{error}"

@@ -13,9 +13,9 @@ import grain
 import numpy as np
 from grain import experimental as grain_experimental
 
-from train.data.shards import derive_seed
+from train.data.shards import derive_seed, shuffled_indices
 
-_BINS = 128
+_BINS = 256
 """Rows that are packed together. More bins leave less padding and cost more to restore."""
 
 _READ = grain.ReadOptions(num_threads=4, prefetch_buffer_size=64)
@@ -50,7 +50,7 @@ def piece_bounds(length: int, sequence_length: int, piece: int, offset: int) -> 
     return max(0, min(begin, length)), min(begin + sequence_length, length)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class TokenisedDocuments:
     """Tokenised documents in memory, addressed by piece.
 
@@ -130,9 +130,7 @@ def memory_rows(
     """
     joined = TokenisedDocuments.join(documents, sequence_length, seed)
     pieces = (
-        grain.MapDataset.range(int(joined.pieces[-1]))
-        .shuffle(seed)
-        .repeat()
+        shuffled_indices(int(joined.pieces[-1]), seed)
         .map_with_index(joined.cut)
         .slice(slice(process_index, None, process_count))
         .to_iter_dataset(_NO_THREADS)

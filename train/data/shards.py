@@ -1,7 +1,8 @@
-"""How a global batch is shared among processes, and how seeds are derived from seeds."""
+"""How a global batch is shared among processes, how seeds are derived, an epoch's order."""
 
 import functools
 
+import grain
 import numpy as np
 
 
@@ -58,3 +59,32 @@ def derive_seed(*parts: int) -> int:
         The derived seed.
     """
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint32)[0])
+
+
+def shuffled_indices(count: int, seed: int) -> grain.MapDataset:
+    """Returns an endless dataset of indices below count, every epoch in an order of its own.
+
+    It is `grain.MapDataset.range(count).shuffle(seed).repeat()` with the permutation of an epoch
+    held in memory. grain computes each index with a cipher over at least 16 bits, and walks until
+    it falls below count: measured 15 ms an index for 2 elements and 0.2 ms for 200, which would
+    bind a run on a small data set.
+
+    Args:
+        count: Number of elements; their permutation must fit in memory.
+        seed: Seed, non-negative.
+
+    Returns:
+        Random access: position i belongs to epoch i // count.
+    """
+
+    def look_up(position: int, _: int) -> int:
+        epoch, place = divmod(position, count)
+        return int(_epoch_order(count, seed, epoch)[place])
+
+    return grain.MapDataset.range(count).repeat().map_with_index(look_up)
+
+
+@functools.lru_cache(maxsize=8)
+def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """Returns the permutation of one epoch."""
+    return np.random.default_rng((seed, epoch)).permutation(count)

@@ -210,9 +210,13 @@ class PreparedText(Sequence[str]):
         if isinstance(index, slice):
             return dataclasses.replace(self, indices=self.indices[index])
         text = self.examples[self.indices[index]][self.text_key]
-        if isinstance(text, str) or len(text) == 0:
-            return text if isinstance(text, str) else ""
-        return _decode(bytes(text), f"{self.name} example {self.indices[index]}")
+        where = f"{self.name} example {self.indices[index]}"
+        if not isinstance(text, bytes):
+            raise ValueError(
+                f"{where} has no text under {self.text_key!r} but {type(text).__name__}; set "
+                "data.text_key to a feature of text"
+            )
+        return _decode(text, where) if text else ""
 
 
 @dataclasses.dataclass(frozen=True)

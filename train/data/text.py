@@ -24,7 +24,7 @@ _PREFETCH = 2
 """Batches that a thread makes ready while the model computes."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class TextData:
     """Tokenised text of a run; `load_text` builds it.
 

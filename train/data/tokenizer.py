@@ -23,7 +23,11 @@ _BOS_NAMES = (BOS, "<s>", "<|begin_of_text|>", "<bos>", "<|endoftext|>")
 _EOS_NAMES = (EOS, "</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>")
 # Everything that a normaliser or a pre-tokenizer could swallow: runs of spaces, line endings,
 # decomposed and composed accents, wide and astral characters, controls, and the specials' names.
-_PROBE = f" a  b\t\r\n\n e\u0301 \xe9 \u6f22\u5b57 \U0001f600 \x00 \ufeff ﬁ {BOS}{EOS} <s> "
+# The second one begins without a space, which a prefix would change.
+_PROBES = (
+    f" a  b\t\r\n\n e\u0301 \xe9 \u6f22\u5b57 \U0001f600 \x00 \ufeff ﬁ {BOS}{EOS} <s> ",
+    "a",
+)
 _ENCODE_CHUNK = 256
 
 
@@ -58,7 +62,7 @@ class Tokenizer:
         self._is_bytes = backend.get_vocab_size(with_added_tokens=False) == 256 and all(
             self._bytes_of.get(i) == bytes([i]) for i in range(256)
         )
-        if self.decode(self.encode(_PROBE)) != _PROBE:
+        if any(self.decode(self.encode(probe)) != probe for probe in _PROBES):
             raise ValueError(
                 f"{name} does not give back the text it encodes; use one without normaliser and "
                 "prefix space (ByteLevel pre-tokenizer and decoder), or 'bpe' or 'bytes'"

@@ -20,7 +20,7 @@ _READ_MEMORY = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 _READ_DECODE = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class VisionData:
     """Images of a run; `load_vision` builds it.
 
@@ -77,9 +77,7 @@ class VisionData:
         rows = shards.rows_per_process(batch, process_index, process_count)
         shards.check_seed(seed)
         batches = (
-            grain.MapDataset.range(self.train_images)
-            .shuffle(shards.derive_seed(seed, 0))
-            .repeat()
+            shards.shuffled_indices(self.train_images, shards.derive_seed(seed, 0))
             .slice(slice(process_index, None, process_count))
             .batch(rows, drop_remainder=True, batch_fn=np.array)
             .map(self.source.train.read)

@@ -1,0 +1,155 @@
+"""Every mesh axis and every rule from logical to mesh axes: the one table of where arrays live."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from emoe_jax.config import require
+
+Tree = Any
+
+AXES = ("data", "fsdp", "expert", "tensor")
+"""Mesh axes, always all present, of size 1 where unused."""
+
+BATCH_AXES = ("data", "fsdp", "expert")
+"""Mesh axes over which sequences and images are split."""
+
+RULES: dict[str, str | None] = {
+    "embed": "fsdp",
+    "expert": "expert",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+}
+"""Logical axis to mesh axis."""
+
+LOGICAL: dict[tuple[str, ...], tuple[str | None, ...]] = {
+    ("embedding",): ("vocab", "embed"),
+    ("head",): ("vocab", "embed"),
+    ("query", "kernel"): ("embed", "heads"),
+    ("key", "kernel"): ("embed", "heads"),
+    ("value", "kernel"): ("embed", "heads"),
+    ("out", "kernel"): ("heads", "embed"),
+    ("gate", "kernel"): ("embed", "mlp"),
+    ("up", "kernel"): ("embed", "mlp"),
+    ("down", "kernel"): ("mlp", "embed"),
+    ("w_gate",): ("expert", "embed", "mlp"),
+    ("w_up",): ("expert", "embed", "mlp"),
+    ("w_down",): ("expert", "mlp", "embed"),
+    ("b_gate",): ("expert", "mlp"),
+    ("b_up",): ("expert", "mlp"),
+    ("b_down",): ("expert", None),
+}
+"""Last names on a leaf's path to the logical axes of its last dimensions. Leading dimensions
+(stacked layers) and leaves that are not named (norms, routers, bases, patches) are replicated.
+Moments of the optimizer end in the same names, so the same rules hold for them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes; their product must be the number of devices.
+
+    Attributes:
+        data: replicas; -1 takes the devices that the other axes leave.
+        fsdp: shards of parameters and optimizer state, gathered for use.
+        expert: shards of the experts.
+        tensor: shards of heads, hidden widths and vocabulary.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    expert: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        for name in AXES:
+            size = getattr(self, name)
+            fill = name == "data" and size == -1
+            require(fill or size >= 1, f"mesh.{name}={size} must be at least 1")
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with all axes, of type Auto.
+
+    Args:
+        config: sizes.
+        devices: all devices of the run where omitted.
+
+    Raises:
+        ValueError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    fixed = config.fsdp * config.expert * config.tensor
+    data = len(devices) // fixed if config.data == -1 else config.data
+    require(
+        data * fixed == len(devices),
+        f"mesh data={config.data} fsdp={config.fsdp} expert={config.expert}"
+        f" tensor={config.tensor} does not multiply to the {len(devices)} devices at hand; set"
+        " mesh.data to -1 and choose the others so that their product divides"
+        f" {len(devices)}",
+    )
+    shape = (data, config.fsdp, config.expert, config.tensor)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def spec(path: tuple[Any, ...], ndim: int) -> PartitionSpec:
+    """Where a leaf of parameters, optimizer or router state lives, by its path and rank."""
+    names = tuple(str(getattr(part, "key", part)) for part in path)
+    for suffix, logical in LOGICAL.items():
+        if names[-len(suffix) :] == suffix and ndim >= len(logical):
+            lead = (None,) * (ndim - len(logical))
+            return PartitionSpec(*lead, *(RULES[axis] if axis else None for axis in logical))
+    return PartitionSpec()
+
+
+def shardings(mesh: Mesh, abstract: Tree) -> Tree:
+    """Shardings of a tree of abstract arrays.
+
+    Raises:
+        ValueError: a dimension that the mesh does not divide; all of them are listed.
+    """
+    problems: list[str] = []
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        where = spec(path, len(leaf.shape))
+        for size, axis in zip(leaf.shape, where, strict=False):
+            if axis is not None and size % mesh.shape[axis]:
+                name = jax.tree_util.keystr(path, simple=True, separator="/")
+                problems.append(f"{name} {leaf.shape}: mesh.{axis}={mesh.shape[axis]} vs {size}")
+        return NamedSharding(mesh, where)
+
+    tree = jax.tree_util.tree_map_with_path(place, abstract)
+    require(
+        not problems,
+        "the mesh does not divide these dimensions; change the mesh axis or the model's size:\n  "
+        + "\n  ".join(problems),
+    )
+    return tree
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of batches: the first dimension over all batch axes."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Sharding of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def check_batch(mesh: Mesh, batch: int, accumulate: int) -> None:
+    """Raises `ValueError` unless shards and microbatches divide the global batch."""
+    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    parts = shards * accumulate
+    require(
+        batch % parts == 0,
+        f"batch={batch} is not a multiple of {parts} ({shards} shards of the mesh times"
+        f" accumulate={accumulate}); set batch to {max(1, round(batch / parts)) * parts}",
+    )

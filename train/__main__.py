@@ -1,0 +1,28 @@
+"""Trains: python -m train --config=configs/NAME.py --workdir=DIR [--config.KEY=VALUE ...]."""
+
+from __future__ import annotations
+
+import pathlib
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from train import cli, tables
+from train.loop import train
+
+
+def main(argv: list[str]) -> None:
+    """Trains an experiment and prints its result."""
+    args = flags.FLAGS
+    scalars, rows = train(args.config, pathlib.Path(args.workdir))
+    if args.json:
+        tables.write_json(args.json, [{"layer": "all"} | scalars, *rows])
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.INFO)
+    config_flags.DEFINE_config_file("config", None, "Experiment.", lock_config=True)
+    flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+    flags.DEFINE_string("json", "", "File to write the result to.")
+    flags.mark_flag_as_required("config")
+    cli.run(main)

@@ -1,0 +1,240 @@
+"""An experiment as one tree of keys: written by configs/NAME.py, overridden on the command line,
+checked and frozen before anything else happens."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import config_dict
+
+from emoe_jax.config import LMConfig, MoEConfig, ViTConfig, require, require_positive
+from emoe_jax.optim import OptimConfig
+from emoe_jax.sharding import MeshConfig
+from train.data.config import TextConfig, VisionConfig
+
+TASKS: dict[str, tuple[type, type]] = {
+    "lm": (LMConfig, TextConfig),
+    "vit": (ViTConfig, VisionConfig),
+}
+"""Model and data configuration of each task."""
+
+FROM_DATA = {"lm": ("vocab_size",), "vit": ("image_size", "channels", "classes")}
+"""Fields of the model that the data decide, so no experiment sets them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written.
+
+    Attributes:
+        every: steps between checkpoints; the last step is always saved.
+        keep_last: how many of the newest are kept.
+        keep_best: how many of the best by held-out loss are kept besides.
+    """
+
+    every: int = 200
+    keep_last: int = 2
+    keep_best: int = 1
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        require_positive(every=self.every, keep_last=self.keep_last)
+        require(self.keep_best >= 0, f"checkpoint.keep_best={self.keep_best} is below zero")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig:
+    """Everything that a run depends on.
+
+    Attributes:
+        task: "lm" or "vit".
+        steps: optimizer steps.
+        seed: of initial weights, data order and routers' random choices.
+        batch: sequences or images in the global batch of one optimizer step.
+        accumulate: microbatches into which a batch is split.
+        log_every: steps between lines of metrics.
+        eval_every: steps between evaluations on held-out data; the last step always has one.
+        profile: steps of which an xprof trace is written, 0 for none.
+        prompt: beginning of the text that a language model continues at the end of training.
+        model: the model, its experts and their router included.
+        data: the data.
+        optim: the optimizer.
+        mesh: the device mesh.
+        checkpoint: when checkpoints are written.
+    """
+
+    task: str
+    model: LMConfig | ViTConfig
+    data: TextConfig | VisionConfig
+    steps: int = 1000
+    seed: int = 0
+    batch: int = 32
+    accumulate: int = 1
+    log_every: int = 10
+    eval_every: int = 200
+    profile: int = 0
+    prompt: str = ""
+    optim: OptimConfig = OptimConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        require_positive(steps=self.steps, batch=self.batch, accumulate=self.accumulate)
+        require_positive(log_every=self.log_every, eval_every=self.eval_every)
+        require(self.profile >= 0, f"profile={self.profile} is below zero")
+        require(self.seed >= 0, f"seed={self.seed} is below zero")
+        require(
+            self.optim.warmup < self.steps,
+            f"optim.warmup={self.optim.warmup} is not below steps={self.steps}; set optim.warmup to"
+            f" {self.steps // 10}, or train longer",
+        )
+
+
+def experiment(task: str, **overrides: Any) -> config_dict.ConfigDict:
+    """All keys of an experiment with their defaults, for the `get_config` of a config file.
+
+    Args:
+        task: "lm" or "vit".
+        **overrides: values by key; nested keys as dicts, such as moe={"experts": 16}.
+
+    Raises:
+        ValueError: an unknown task or key, or a value of another type.
+    """
+    require(task in TASKS, f"task={task!r} is not known; choose one of {', '.join(TASKS)}")
+    model, data = TASKS[task]
+    tree = {"task": task} | _defaults(ExperimentConfig)
+    hidden = {*FROM_DATA[task], "moe"}
+    tree["model"] = {k: v for k, v in _defaults(model).items() if k not in hidden}
+    tree["moe"] = _defaults(MoEConfig)
+    tree["data"] = _defaults(data)
+    config = config_dict.ConfigDict(tree, type_safe=True)
+    config.lock()
+    update(config, _flatten(overrides))
+    return config
+
+
+def update(config: config_dict.ConfigDict, values: Mapping[str, Any]) -> None:
+    """Sets dotted keys.
+
+    Raises:
+        ValueError: an unknown key (with the nearest that exists), or a value of another type.
+    """
+    known = flat_keys(config)
+    for name, value in values.items():
+        if name not in known:
+            raise ValueError(unknown_key(name, known))
+        try:
+            config.update_from_flattened_dict({name: value})
+        except TypeError as error:
+            raise ValueError(f"config key {name!r} cannot be {value!r}: {error}") from None
+
+
+def flat_keys(config: config_dict.ConfigDict) -> list[str]:
+    """Dotted names of all values."""
+    return list(_flatten(config.to_dict()))
+
+
+def unknown_key(name: str, known: Sequence[str]) -> str:
+    """What to say of a key that does not exist."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}"
+    return f"config key {name!r} does not exist; {hint}"
+
+
+def freeze(config: Mapping[str, Any]) -> ExperimentConfig:
+    """The checked configuration of an experiment's tree (a ConfigDict, or config.json's object).
+
+    Fields that the data decide hold what the data configuration says; a language model's
+    vocabulary is set once its tokenizer is known, see `with_vocab`.
+
+    Raises:
+        ValueError: an impossible value or combination.
+    """
+    tree = config.to_dict() if isinstance(config, config_dict.ConfigDict) else dict(config)
+    task = tree["task"]
+    require(task in TASKS, f"task={task!r} is not known; choose one of {', '.join(TASKS)}")
+    model_class, data_class = TASKS[task]
+    data = _build(data_class, tree.pop("data"))
+    model = dict(tree.pop("model"))
+    model["moe"] = tree.pop("moe")
+    model |= {name: getattr(data, name) for name in FROM_DATA[task]}
+    return _build(ExperimentConfig, tree | {"model": _build(model_class, model), "data": data})
+
+
+def with_vocab(config: ExperimentConfig, vocab_size: int) -> ExperimentConfig:
+    """The configuration with the vocabulary of the tokenizer in use."""
+    model = dataclasses.replace(config.model, vocab_size=vocab_size)  # type: ignore[call-arg]
+    return dataclasses.replace(config, model=model)
+
+
+def to_json(config: Mapping[str, Any]) -> str:
+    """The tree as text, keys in order."""
+    tree = config.to_dict() if isinstance(config, config_dict.ConfigDict) else config
+    return json.dumps(tree, indent=2, sort_keys=True) + "\n"
+
+
+def digest(config: Mapping[str, Any]) -> str:
+    """Hexadecimal hash of the tree."""
+    return hashlib.sha256(to_json(config).encode()).hexdigest()[:16]
+
+
+def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Lines "key: old -> new" for the values in which two trees differ."""
+    old, new = _flatten(json.loads(to_json(before))), _flatten(json.loads(to_json(after)))
+    names = sorted(old.keys() | new.keys())
+    return [f"{n}: {old.get(n)!r} -> {new.get(n)!r}" for n in names if old.get(n) != new.get(n)]
+
+
+def _defaults(kind: type) -> dict[str, Any]:
+    """Default values of a dataclass as a tree; a value that may be None keeps its type."""
+    hints = typing.get_type_hints(kind)
+    tree: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):
+        if field.default is dataclasses.MISSING:
+            continue
+        optional = _optional_type(hints[field.name])
+        if dataclasses.is_dataclass(field.default):
+            tree[field.name] = _defaults(type(field.default))
+        elif field.default is None and optional is not None:
+            tree[field.name] = config_dict.placeholder(optional)
+        else:
+            tree[field.name] = field.default
+    return tree
+
+
+def _optional_type(hint: Any) -> type | None:
+    """X of the hint X | None."""
+    if not isinstance(hint, types.UnionType):
+        return None
+    inner = [part for part in typing.get_args(hint) if part is not types.NoneType]
+    return inner[0] if len(inner) == 1 else None
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _build(kind: type, tree: Mapping[str, Any]) -> Any:
+    """A dataclass from a tree, nested ones included; lists become tuples."""
+    hints = typing.get_type_hints(kind)
+    values = {}
+    for name, value in tree.items():
+        require(name in hints, f"{kind.__name__} has no key {name!r}")
+        nested = isinstance(value, Mapping) and dataclasses.is_dataclass(hints[name])
+        value = _build(hints[name], value) if nested else value
+        values[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**values)

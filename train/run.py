@@ -1,0 +1,209 @@
+"""What every program needs of an experiment: data, mesh, model, optimizer, shardings, steps.
+
+Everything derives from one abstract tree: no array exists until `init` or a restore makes it where
+it shall live.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx, serialization
+from jax.sharding import Mesh
+
+from emoe_jax import pure, sharding
+from emoe_jax.checkpoint import Checkpoints
+from emoe_jax.config import LMConfig, ViTConfig
+from emoe_jax.models import EMoELM, EMoEViT
+from emoe_jax.optim import make_optimizer
+from train.config import ExperimentConfig, freeze, with_vocab
+from train.data.config import TextConfig
+from train.data.text import TextData, load_text
+from train.data.vision import VisionData, load_vision
+from train.step import Steps, make_steps
+
+Tree = Any
+
+CONFIG_FILE = "config.json"
+TOKENIZER_FILE = "tokenizer.json"
+CHECKPOINTS = "checkpoints"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The parts of a run; `build` makes them.
+
+    Attributes:
+        config: the experiment, the model's vocabulary known.
+        data: text or images.
+        mesh: of all devices.
+        model: the model without its arrays.
+        abstract: the training state as `jax.ShapeDtypeStruct` with shardings.
+        steps: one training and one evaluation step.
+        init: makes the training state from nothing, on its shardings.
+    """
+
+    config: ExperimentConfig
+    data: TextData | VisionData
+    mesh: Mesh
+    model: pure.Pure
+    abstract: Tree
+    steps: Steps
+    init: Callable[[], Tree]
+
+    @property
+    def unit(self) -> str:
+        """What the rate counts."""
+        return "tokens" if isinstance(self.data, TextData) else "images"
+
+    @property
+    def units_per_step(self) -> int:
+        """Tokens (padding included) or images in a batch."""
+        if isinstance(self.data, TextData):
+            return self.config.batch * self.data.config.sequence_length
+        return self.config.batch
+
+    @property
+    def eval_batch(self) -> int:
+        """Rows of an evaluation batch: those of a microbatch."""
+        return self.config.batch // self.config.accumulate
+
+    def key(self) -> jax.Array:
+        """The key of routers' random choices."""
+        return jax.random.key(self.config.seed)
+
+    def abstract_batch(self, example: Mapping[str, np.ndarray]) -> Tree:
+        """Abstract global batch of the shapes of a batch of this process."""
+        where, count = sharding.batch_sharding(self.mesh), jax.process_count()
+
+        def place(leaf: np.ndarray) -> jax.ShapeDtypeStruct:
+            shape = (leaf.shape[0] * count, *leaf.shape[1:])
+            return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=where)
+
+        return {name: place(leaf) for name, leaf in self.with_rows(example).items()}
+
+    def to_devices(self, batch: Mapping[str, np.ndarray]) -> Tree:
+        """The global batch on the mesh, from this process's part of it."""
+        where = sharding.batch_sharding(self.mesh)
+        return {
+            name: jax.make_array_from_process_local_data(where, leaf)
+            for name, leaf in self.with_rows(batch).items()
+        }
+
+    def with_rows(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The batch and `rows` [B], the position of each row in the global batch."""
+        count = next(iter(batch.values())).shape[0]
+        start = jax.process_index() * count
+        return dict(batch) | {"rows": np.arange(start, start + count, dtype=np.int32)}
+
+
+def build(config: ExperimentConfig, workdir: pathlib.Path) -> Run:
+    """Builds the parts of a run, with every check that needs no compilation.
+
+    Args:
+        config: the experiment.
+        workdir: the run's folder; a language model's tokenizer is kept there.
+
+    Raises:
+        ValueError: the mesh or the batch does not fit, or the data are bad.
+        FileNotFoundError: data are missing.
+    """
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch(mesh, config.batch, config.accumulate)
+    data: TextData | VisionData
+    if isinstance(config.data, TextConfig):
+        data = load_text(config.data, tokenizer_path=workdir / TOKENIZER_FILE)
+        config = with_vocab(config, data.tokenizer.vocab_size)
+    else:
+        data = load_vision(config.data)
+    optimizer = make_optimizer(config.optim, config.steps, config.model.moe.basis.method)
+    model, params, _ = pure.abstract_split(model_maker(config.model, config.seed))
+    opt_state = jax.eval_shape(optimizer.init, params)
+    init = _initializer(config, optimizer)
+    abstract = jax.eval_shape(init)
+    places = sharding.shardings(mesh, abstract)
+    abstract = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        abstract,
+        places,
+    )
+    steps = make_steps(config, model, optimizer, opt_state)
+    return Run(config, data, mesh, model, abstract, steps, jax.jit(init, out_shardings=places))
+
+
+def model_maker(config: LMConfig | ViTConfig, seed: int) -> Callable[[], nnx.Module]:
+    """A function that builds the model of a configuration."""
+
+    def make() -> nnx.Module:
+        rngs = nnx.Rngs(params=seed)
+        if isinstance(config, LMConfig):
+            return EMoELM(config, rngs=rngs)
+        return EMoEViT(config, rngs=rngs)
+
+    return make
+
+
+def _initializer(
+    config: ExperimentConfig, optimizer: optax.GradientTransformation
+) -> Callable[[], Tree]:
+    build_model = pure.initializer(model_maker(config.model, config.seed))
+
+    def init() -> Tree:
+        params, router = build_model()
+        return {
+            "step": jnp.zeros((), jnp.int32),
+            "params": params,
+            "router": router,
+            "opt": serialization.to_state_dict(optimizer.init(params)),
+        }
+
+    return init
+
+
+def open_checkpoints(run: Run, workdir: pathlib.Path) -> Checkpoints:
+    """The checkpoints of a run that trains."""
+    keep = run.config.checkpoint
+    return Checkpoints(
+        workdir / CHECKPOINTS,
+        every=keep.every,
+        keep_last=keep.keep_last,
+        keep_best=keep.keep_best,
+        best_metric="eval/loss",
+    )
+
+
+def load_trained(workdir: pathlib.Path, overrides: Mapping[str, Any]) -> tuple[Run, Tree, int]:
+    """A finished or interrupted run, with the parameters of its newest checkpoint.
+
+    Args:
+        workdir: the run's folder.
+        overrides: keys of the experiment to be replaced, as in config.json; the mesh, for example.
+
+    Returns:
+        The run; `params` and `router`; the step of the checkpoint.
+
+    Raises:
+        FileNotFoundError: the folder holds no run, or no checkpoint yet.
+    """
+    file = workdir / CONFIG_FILE
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"--workdir={workdir} holds no run: there is no {CONFIG_FILE}; train one there with"
+            f" python -m train --config=configs/NAME.py --workdir={workdir}"
+        )
+    run = build(freeze(json.loads(file.read_text()) | dict(overrides)), workdir)
+    wanted = {name: run.abstract[name] for name in ("params", "router")}
+    with Checkpoints(workdir / CHECKPOINTS, every=1, read_only=True) as checkpoints:
+        step = checkpoints.latest_step()
+        if step is None:
+            raise FileNotFoundError(f"{workdir / CHECKPOINTS} holds no finished checkpoint yet")
+        restored = checkpoints.restore(step, wanted, partial=True)
+    return run, {"router": {}} | restored.train_state, step
