@@ -62,13 +62,17 @@ def cholesky_qr(weight: Array) -> Array:
 
 def _cholesky_pass(weight: Array) -> Array:
     lower = jnp.linalg.cholesky(_gram(weight))
-    return lax.linalg.triangular_solve(
-        lower, weight, left_side=False, lower=True, transpose_a=True
-    )
+    return lax.linalg.triangular_solve(lower, weight, left_side=False, lower=True, transpose_a=True)
 
 
 def _gram(weight: Array) -> Array:
     return jnp.einsum("...dr,...ds->...rs", weight, weight, precision=_HIGHEST)
+
+
+def _gram_gap(weight: Array) -> Array:
+    """WᵀW - I [...,R,R]."""
+    gram = _gram(weight)
+    return gram - jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
 
 
 def orthonormalize(weight: Array, method: str = "qr") -> Array:
@@ -94,7 +98,7 @@ def orthonormalize(weight: Array, method: str = "qr") -> Array:
     require(R <= D, f"rank R={R} is more than width D={D}; set basis.rank to {D} or less")
     if method != "cholesky_qr":
         return qr(weight)
-    gap = _gram(lax.stop_gradient(weight)) - jnp.eye(R, dtype=weight.dtype)
+    gap = _gram_gap(lax.stop_gradient(weight))
     near = jnp.all(jnp.sum(jnp.square(gap), axis=(-2, -1)) < 0.25)
     return lax.cond(near, cholesky_qr, qr, weight)
 
@@ -132,18 +136,18 @@ def prepare_bases(params: Tree, method: str = "qr") -> Tree:
 
 
 def orthonormality_error(basis: Array) -> Array:
-    """max |QᵀQ - I| of a basis [...,D,R], shape [...]."""
-    gap = _gram(basis) - jnp.eye(basis.shape[-1], dtype=basis.dtype)
-    return jnp.max(jnp.abs(gap), axis=(-2, -1))
+    """Largest |QᵀQ - I| of a basis [...,D,R], shape [...]."""
+    return jnp.max(jnp.abs(_gram_gap(basis)), axis=(-2, -1))
 
 
 def drift(before: Array, after: Array) -> Array:
     """Distance between the subspaces of two bases [D,R]: ‖QQᵀ - Q'Q'ᵀ‖_F / sqrt(2R), in [0,1].
 
-    0 for the same subspace, 1 for orthogonal ones. Computed from the R×R product QᵀQ', whose
-    Frobenius norm gives ‖QQᵀ - Q'Q'ᵀ‖² = 2R - 2‖QᵀQ'‖².
+    0 for the same subspace, 1 for orthogonal ones. ‖QQᵀ - Q'Q'ᵀ‖² = 2R - 2‖QᵀQ'‖² is twice the
+    square of what Q' has outside the span of Q, Q' - QQᵀQ', which is summed here: the difference of
+    squares would round a drift below 1e-3 away in float32.
     """
     R = before.shape[-1]
     overlap = jnp.einsum("...dr,...ds->...rs", before, after, precision=_HIGHEST)
-    share = jnp.sum(jnp.square(overlap), axis=(-2, -1)) / R
-    return jnp.sqrt(jnp.maximum(1.0 - share, 0.0))
+    inside = jnp.einsum("...dr,...rs->...ds", before, overlap, precision=_HIGHEST)
+    return jnp.sqrt(jnp.sum(jnp.square(after - inside), axis=(-2, -1)) / R)

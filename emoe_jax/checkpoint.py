@@ -137,7 +137,8 @@ class Checkpoints:
         """Starts to write a checkpoint if one is due; the arrays may be donated afterwards.
 
         Call it after every step: a call that is not due costs nothing, and reports the failure of
-        an earlier save as soon as that has ended.
+        an earlier save as soon as that has ended. After a failure later steps may be saved; the
+        failed step itself only by a new run, as orbax's writers may still be at work in its folder.
 
         Args:
             step: optimizer steps done so far.

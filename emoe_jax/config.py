@@ -198,7 +198,7 @@ class LMConfig:
         require(dim % 2 == 0, f"head_dim={dim} is odd; rotary positions need an even head_dim")
         kv_heads = self.kv_heads or self.heads
         require(
-            self.heads % kv_heads == 0,
+            kv_heads > 0 and self.heads % kv_heads == 0,
             f"kv_heads={kv_heads} does not divide heads={self.heads}; choose a divisor",
         )
         require_choice("attention", self.attention, ATTENTION)
@@ -271,6 +271,9 @@ class ViTConfig:
 def _check_trunk(config: LMConfig | ViTConfig) -> None:
     """What language models and Vision Transformers have in common."""
     require_positive(width=config.width, depth=config.depth, heads=config.heads)
+    require(
+        config.head_dim >= 0, f"head_dim={config.head_dim} is below zero; 0 means width / heads"
+    )
     require(
         config.head_dim > 0 or config.width % config.heads == 0,
         f"heads={config.heads} does not divide width={config.width}; choose a divisor or set"

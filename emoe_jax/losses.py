@@ -40,9 +40,7 @@ def chunked_cross_entropy(
     return jax.lax.scan(add, jnp.zeros((), jnp.float32), parts)[0]
 
 
-def _split(
-    hidden: Array, targets: Array, weights: Array, chunk: int
-) -> tuple[Array, Array, Array]:
+def _split(hidden: Array, targets: Array, weights: Array, chunk: int) -> tuple[Array, Array, Array]:
     """Pads T to a multiple of the chunk with tokens of weight zero and folds it."""
     T, D = hidden.shape
     chunk = min(chunk, T)
@@ -63,7 +61,7 @@ def _chunk_loss(head: Array, part: tuple[Array, Array, Array]) -> tuple[Array, A
     logits = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     exponential = jnp.exp(logits)
     total = jnp.sum(exponential, axis=-1)
-    target = targets[:, None] == jnp.arange(head.shape[0], dtype=targets.dtype)
+    target = targets[:, None] == jnp.arange(head.shape[0], dtype=targets.dtype)[None, :]
     chosen = jnp.sum(jnp.where(target, logits, 0.0), axis=-1)
     loss = jnp.sum(weights * (jnp.log(total) - chosen))
     return loss, exponential / total[:, None], target
@@ -77,7 +75,7 @@ def _forward(
     def add(carry: tuple[Array, Array], part: Any) -> tuple[tuple[Array, Array], Array]:
         total, head_gradient = carry
         loss, probs, target = _chunk_loss(low, part)
-        gap = ((probs - target) * part[2][:, None]).astype(hidden.dtype)
+        gap = ((probs - target.astype(jnp.float32)) * part[2][:, None]).astype(hidden.dtype)
         hidden_gradient = jnp.einsum("tn,nd->td", gap, low, preferred_element_type=jnp.float32)
         step = jnp.einsum("tn,td->nd", gap, part[0], preferred_element_type=jnp.float32)
         return (total + loss, head_gradient + step), hidden_gradient.astype(hidden.dtype)
@@ -94,7 +92,7 @@ def _backward(chunk: int, kept: Any, cotangent: Array) -> tuple[Array, Array, An
     hidden_gradient, head_gradient, targets, weights = kept
     no_gradient = np.zeros(targets.shape, jax.dtypes.float0)
     return (
-        (hidden_gradient * cotangent).astype(hidden_gradient.dtype),
+        (hidden_gradient.astype(jnp.float32) * cotangent).astype(hidden_gradient.dtype),
         head_gradient * cotangent,
         no_gradient,
         jnp.zeros_like(weights),

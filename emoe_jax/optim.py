@@ -33,6 +33,9 @@ class OptimConfig:
         eps: added to the root of the second moment.
         weight_decay: of the matrices in `DECAYED`, times the learning rate.
         clip: global norm to which gradients are clipped.
+        router_scale: the routers' learning rate as a share of the others'. AdamW moves every weight
+            by about the learning rate, so one step moves a score by up to that times the sum of
+            |h_d|; below 1 the choice of experts keeps up with its balance.
     """
 
     learning_rate: float = 1e-3
@@ -43,10 +46,12 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip: float = 1.0
+    router_scale: float = 1.0
 
     def __post_init__(self) -> None:
         """Checks the values."""
         require_positive(learning_rate=self.learning_rate, eps=self.eps, clip=self.clip)
+        require_positive(router_scale=self.router_scale)
         require(self.warmup >= 0, f"optim.warmup={self.warmup} is below zero")
         require(0 <= self.final <= 1, f"optim.final={self.final} must lie between 0 and 1")
         require(self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay} is below zero")
@@ -79,6 +84,13 @@ def decay_mask(params: Tree) -> Tree:
     """True for the leaves that weight decay shrinks."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: getattr(path[-1], "key", None) in DECAYED, params
+    )
+
+
+def router_mask(params: Tree) -> Tree:
+    """True for the leaves that belong to a router."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: any(getattr(part, "key", None) == "router" for part in path), params
     )
 
 
@@ -127,6 +139,7 @@ def make_optimizer(
             weight_decay=config.weight_decay,
             mask=decay_mask,
         ),
+        optax.masked(optax.scale(config.router_scale), router_mask),
         retract_bases(basis_method),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pathlib
 
-from absl import flags, logging
+from absl import flags
 from ml_collections import config_flags
 
 from train import cli, tables
@@ -20,7 +20,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.INFO)
     config_flags.DEFINE_config_file("config", None, "Experiment.", lock_config=True)
     flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
     flags.DEFINE_string("json", "", "File to write the result to.")

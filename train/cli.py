@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -18,6 +19,7 @@ def run(main: Callable[[list[str]], Any]) -> None:
     Errors that say what to do (impossible values, missing files, damaged checkpoints) are printed
     without a stack trace and end the program with code 2; `--trace` shows the trace.
     """
+    _log_to_stderr()
     flags.DEFINE_bool("trace", False, "Show stack traces of errors in the input.")
 
     def guarded(argv: list[str]) -> None:
@@ -29,6 +31,17 @@ def run(main: Callable[[list[str]], Any]) -> None:
             refuse(str(error))
 
     app.run(guarded, flags_parser=_parse)
+
+
+def _log_to_stderr() -> None:
+    """Shows what the programs log from level INFO on; libraries stay at absl's level, WARNING."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("train")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logging.getLogger("absl").setLevel(logging.WARNING)
 
 
 def refuse(message: str) -> NoReturn:

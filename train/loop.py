@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import pathlib
 import time
 from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from ml_collections import config_dict
 
 from emoe_jax.checkpoint import Checkpoints
@@ -29,6 +29,8 @@ from train.logs import RunLog, peak_flops
 from train.run import CONFIG_FILE, Run, build, open_checkpoints
 
 Tree = Any
+
+LOGGER = logging.getLogger(__name__)
 
 PROFILE_AFTER = 10
 """Steps before the profile begins, so that it shows the steady state."""
@@ -53,7 +55,7 @@ def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[dict[str
     run = build(config, workdir)
     config = run.config
     parameters = sum(leaf.size for leaf in jax.tree.leaves(run.abstract["params"]))
-    logging.info(
+    LOGGER.info(
         "%s parameters, %s active per token; mesh %s of %s",
         f"{parameters:,}",
         f"{active_parameters(config.model, run.abstract['params']):,}",
@@ -77,7 +79,7 @@ def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[dict[str
             state, resumed = restored.train_state, start
             assert restored.data_state is not None
             batches.set_state(json.loads(restored.data_state))
-            logging.info("resuming %s from step %d", workdir, start)
+            LOGGER.info("resuming %s from step %d", workdir, start)
         _write_config(tree, workdir)
 
         # ------------------------------------------------------------ steps, compiled once
@@ -86,7 +88,7 @@ def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[dict[str
         compiled = _compile_train(run, next(batches))
         batches.set_state(position)
         evaluator = compile_evaluate(run)
-        logging.info("compiled training and evaluation in %.1f s", time.perf_counter() - began)
+        LOGGER.info("compiled training and evaluation in %.1f s", time.perf_counter() - began)
 
         # ------------------------------------------------------------ training
         with RunLog(
@@ -148,23 +150,18 @@ def _steps(
             step,
             state,
             data_state=json.dumps(batches.get_state()).encode(),
-            meta={"config": json.loads(to_json_of(run)), "step": step},
+            meta={"task": config.task, "seed": config.seed, "batch": config.batch},
             metrics=measured,
             force=last,
         )
     checkpoints.wait()
-    logging.info(
+    LOGGER.info(
         "the training step is one executable, compiled before step %d; other compilations after"
         " it: %d (checkpoint digests)",
         start + 1,
         compilations.count,
     )
     return state, result
-
-
-def to_json_of(run: Run) -> str:
-    """What a checkpoint says of the run that wrote it."""
-    return json.dumps({"task": run.config.task, "seed": run.config.seed, "batch": run.config.batch})
 
 
 class _Compilations:
@@ -246,8 +243,8 @@ def _write_config(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> None:
     file = workdir / CONFIG_FILE
     if file.is_file():
         for line in changed_keys(json.loads(file.read_text()), tree.to_dict()):
-            logging.warning("the configuration changed since this run began: %s", line)
+            LOGGER.warning("the configuration changed since this run began: %s", line)
     temporary = file.with_suffix(".tmp")
     temporary.write_text(to_json(tree))
     temporary.replace(file)
-    logging.info("configuration %s in %s", digest(tree), file)
+    LOGGER.info("configuration %s in %s", digest(tree), file)

@@ -1,2 +1,117 @@
-def print_table(t, rows): print(t, rows)
-def write_json(p, rows): pass
+"""What every program prints and writes: a table of rows, and the facts of the run that made it."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+Row = Mapping[str, Any]
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def run_facts() -> dict[str, Any]:
+    """Gathers what a reader needs to repeat a measurement.
+
+    Returns:
+        `command` as typed, `device` in words, `versions` of Python and the installed packages, and
+        the checkout's `commit` ("+changes" if files differ from it; None outside a checkout).
+    """
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "command": " ".join(["python", *sys.orig_argv[1:]]),
+        "device": _device(),
+        "versions": versions,
+        "commit": _commit(),
+    }
+
+
+def check_json_path(path: str) -> None:
+    """Refuses a path that could not be written, before any time is spent.
+
+    Raises:
+        FileNotFoundError: its folder does not exist.
+        ValueError: it is a folder.
+    """
+    if Path(path).is_dir():
+        raise ValueError(f"--json={path} is a folder; name a file in it.")
+    if not Path(path).parent.is_dir():
+        raise FileNotFoundError(f"--json={path}: folder {Path(path).parent} does not exist.")
+
+
+def write_json(path: str, rows: Sequence[Row]) -> None:
+    """Writes `{"rows": [...], "run": {...}}`: the table's objects and `run_facts()`.
+
+    Args:
+        path: the file, overwritten if it exists.
+        rows: objects with plain keys and numbers.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+        ValueError: the path is a folder.
+    """
+    check_json_path(path)
+    text = json.dumps({"rows": [dict(row) for row in rows], "run": run_facts()}, indent=2)
+    Path(path).write_text(text + "\n", encoding="utf-8")
+
+
+def print_table(title: str, rows: Sequence[Row], console: Console | None = None) -> None:
+    """Prints rows as a table: a column a key, in the order in which keys first appear.
+
+    Args:
+        title: the line above the table.
+        rows: objects with plain keys and numbers; a key that a row lacks prints as a blank.
+        console: where to print; None is standard output.
+    """
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = Table(title=title)
+    for column in columns:
+        numbers = all(isinstance(row.get(column), int | float | None) for row in rows)
+        table.add_column(column, justify="right" if numbers else "left")
+    for row in rows:
+        table.add_row(*[_cell(row.get(column)) for column in columns])
+    (console or Console()).print(table)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _device() -> str:
+    devices = jax.devices()
+    name = f"{len(devices)} x {devices[0].device_kind}"
+    if devices[0].platform != "cpu":
+        return name
+    return f"{name} ({platform.machine()}, {os.cpu_count()} cores)"
+
+
+def _commit() -> str | None:
+    root = Path(__file__).resolve().parent.parent
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        return commit + ("+changes" if _git(root, "status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()

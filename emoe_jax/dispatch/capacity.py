@@ -76,8 +76,10 @@ def combine(outputs: Array, groups: Groups) -> Array:
     weighted = outputs.astype(jnp.float32) * groups.weights[..., None]
     indices, other = groups.plan
     if isinstance(other, int):
-        total = jnp.zeros((other, D), jnp.float32).at[indices.reshape(-1)].add(
-            weighted.reshape(E * C, D)
+        total = (
+            jnp.zeros((other, D), jnp.float32)
+            .at[indices.reshape(-1)]
+            .add(weighted.reshape(E * C, D))
         )
         return total.astype(outputs.dtype)
     return collect_rows(weighted.reshape(E * C, D), indices, other).astype(outputs.dtype)

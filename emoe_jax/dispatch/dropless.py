@@ -24,7 +24,7 @@ def sort_by_expert(experts: Array, count: int) -> tuple[Array, Array, Array]:
         part of it, int32.
     """
     order = jnp.argsort(experts, stable=True).astype(jnp.int32)
-    chosen = experts[:, None] == jnp.arange(count, dtype=experts.dtype)
+    chosen = experts[:, None] == jnp.arange(count, dtype=experts.dtype)[None, :]
     sizes = jnp.sum(chosen, axis=0, dtype=jnp.int32)
     return order, jnp.cumsum(sizes, dtype=jnp.int32) - sizes, sizes
 
@@ -55,8 +55,8 @@ def dispatch(
     E = routing.probs.shape[-1]
     experts = jnp.where(mask[:, None], routing.indices, E).reshape(-1)
     order, _, sizes = sort_by_expert(experts, E)
-    places = jnp.zeros_like(order).at[order].set(
-        jnp.arange(T * K, dtype=jnp.int32), unique_indices=True
+    places = (
+        jnp.zeros_like(order).at[order].set(jnp.arange(T * K, dtype=jnp.int32), unique_indices=True)
     )
     places, sources = places.reshape(T, K), order // K
     return Groups(

@@ -113,7 +113,13 @@ class Stack(nnx.Module):
         )
 
     def __call__(
-        self, x: Array, positions: Array, segments: Array, ids: Array, rows: Array, key: Array | None
+        self,
+        x: Array,
+        positions: Array,
+        segments: Array,
+        ids: Array,
+        rows: Array,
+        key: Array | None,
     ) -> tuple[Array, dict[str, Aux]]:
         """Runs all blocks.
 
@@ -242,6 +248,4 @@ def _remat(function: Callable[..., Any], policy: str) -> Callable[..., Any]:
         return function
     if policy == "full":
         return jax.checkpoint(function)
-    return jax.checkpoint(
-        function, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    )
+    return jax.checkpoint(function, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)

@@ -144,7 +144,7 @@ def gather_gates(gates: Array, indices: Array, *, renormalize: bool = False) -> 
         indices: [T,K] int32.
         renormalize: divide by the sum over K.
     """
-    chosen = indices[..., None] == jnp.arange(gates.shape[-1], dtype=indices.dtype)
+    chosen = _one_hot(indices, gates.shape[-1])
     weights = jnp.sum(jnp.where(chosen, gates[:, None, :], 0.0), axis=-1)
     if not renormalize:
         return weights
@@ -153,8 +153,14 @@ def gather_gates(gates: Array, indices: Array, *, renormalize: bool = False) -> 
 
 def count(indices: Array, real: Array, experts: int) -> Array:
     """Assignments of each expert, [E] float32, from indices [T,K] of the tokens that are real."""
-    chosen = indices[..., None] == jnp.arange(experts, dtype=indices.dtype)
+    chosen = _one_hot(indices, experts)
     return jnp.sum(jnp.where(chosen & real[:, None, None], 1.0, 0.0), axis=(0, 1))
+
+
+def _one_hot(indices: Array, experts: int) -> Array:
+    """Which expert each choice is: [T,K] int32 to [T,K,E] bool."""
+    order = jnp.arange(experts, dtype=indices.dtype)
+    return indices[:, :, None] == order[None, None, :]
 
 
 def mean_over(values: Array, real: Array) -> Array:

@@ -91,7 +91,7 @@ def energy_scores(z: Array, masks: Array, gamma: Array, bias: Array) -> Array:
     """
     square = jnp.square(z)
     energy = square / (jnp.sum(square, axis=-1, keepdims=True) + ENERGY_EPSILON)
-    return linear(energy, (jax.nn.softmax(masks, axis=0) * gamma).T) + bias
+    return linear(energy, (jax.nn.softmax(masks, axis=0) * gamma[None, :]).T) + bias[None, :]
 
 
 def orthogonality_penalty(basis: Array) -> Array:

@@ -51,7 +51,7 @@ class ExpertChoiceRouter(Router):
         taken = max(1, -(-S * self.top_k // E))
         ranked = jnp.where(context.mask[..., None], probs.reshape(B, S, E), -1.0)
         weights, positions = lax.top_k(ranked.transpose(2, 0, 1), min(taken, S))
-        chosen = positions.astype(jnp.int32) + S * jnp.arange(B, dtype=jnp.int32)[:, None]
+        chosen = positions.astype(jnp.int32) + S * jnp.arange(B, dtype=jnp.int32)[None, :, None]
         weights = jnp.maximum(weights, 0.0)
         return ExpertChoice(
             chosen.reshape(E, -1),
@@ -115,7 +115,7 @@ def _mix(ids: Array) -> Array:
 def _fixed_routing(first: Array, experts: int, k: int, mask: Array) -> Routing:
     """K experts in sequence from `first` [T], with gates 1/K and a uniform distribution."""
     steps = jnp.arange(k, dtype=jnp.int32)
-    indices = (first[:, None] + steps) % jnp.int32(experts)
+    indices = (first[:, None] + steps[None, :]) % jnp.int32(experts)
     weights = jnp.full(indices.shape, 1.0 / k, jnp.float32)
     probs = jnp.full((first.shape[0], experts), 1.0 / experts, jnp.float32)
     return make_routing(indices, weights, probs, mask)

@@ -140,13 +140,13 @@ class LossFreeRouter(Router):
             probs = gates / jnp.sum(gates, axis=-1, keepdims=True)
         else:
             gates = probs = jax.nn.softmax(scores, axis=-1)
-        indices = select_top_k(gates + self.bias[...], self.top_k)
+        indices = select_top_k(gates + self.bias[...][None, :], self.top_k)
         weights = gather_gates(gates, indices, renormalize=self.renormalize)
         return make_routing(indices, weights, probs, context.mask)
 
     @staticmethod
     def update(config: MoEConfig, state: State, stats: dict[str, Array]) -> State:
-        """b ← b + u sign(mean load - load), elementwise over stacked layers [...,E]."""
+        """Bias b ← b + u sign(mean load - load), elementwise over stacked layers [...,E]."""
         given = config.routing.bias_rate
         rate = LossFreeRouter.BIAS_RATE if given is None else given
         load = stats["load"]

@@ -1,8 +1,9 @@
 """Writes a tiny prepared tfds dataset without tensorflow, laid out as the real builders do.
 
-The layout was compared with what `tfds build --file_format=array_record` writes: one folder
-NAME/VERSION with dataset_info.json, features.json and NAME-SPLIT.array_record-00000-of-00001, whose
-records are serialised tf.train.Example messages.
+The layout was compared with what a builder's `download_and_prepare` writes with tensorflow-datasets
+4.9.10, tensorflow-cpu 2.21.0 and file_format="array_record": one folder NAME/VERSION with
+dataset_info.json, features.json and NAME-SPLIT.array_record-00000-of-00001, whose records are
+serialised tf.train.Example messages.
 """
 
 import json

@@ -147,6 +147,21 @@ def test_processes_see_disjoint_images(fashion: VisionData) -> None:
         assert sorted(first + second) == list(range(10))
 
 
+def test_processes_augment_each_in_its_own_way(tmp_path: pathlib.Path) -> None:
+    _write_fashion(tmp_path, train=40)
+    # Every image is the same, so that only the crops can differ.
+    for kind, shape in (("images-idx3", (40, 4, 4)), ("labels-idx1", (40,))):
+        data = gzip.compress(_idx(np.ones(shape, np.uint8)))
+        (tmp_path / f"train-{kind}-ubyte.gz").write_bytes(data)
+    data = load_vision(_fashion(tmp_path, crop_padding=3))
+    batches = []
+    for index in range(2):
+        iterator = data.train_iterator(16, seed=1, process_index=index, process_count=2)
+        batches.append(next(iterator)["images"])
+        iterator.close()
+    assert not np.array_equal(*batches)
+
+
 def test_seeds_differ_and_repeat(fashion: VisionData) -> None:
     orders = []
     for seed in (0, 0, 1):
@@ -232,10 +247,8 @@ def test_without_augmentation_images_are_only_normalised(tmp_path: pathlib.Path)
 # Prepared tfds datasets
 
 
-def test_tfds_images_are_decoded_cropped_and_resized(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "tensorflow", None)  # importing it would fail
+def test_tfds_images_are_decoded_cropped_and_resized(tmp_path: pathlib.Path) -> None:
+    imported = "tensorflow" in sys.modules
     train = [{"image": _png(20 * i, 6, 6 + i), "label": i % 3} for i in range(6)]
     test = [{"image": _png(200), "label": 2}]
     write_prepared(tmp_path, "tiny", FEATURES, {"train": train, "test": test})
@@ -259,6 +272,7 @@ def test_tfds_images_are_decoded_cropped_and_resized(
     iterator.set_state(state)
     chex.assert_trees_all_equal(_take(iterator, 2), batches)
     iterator.close()
+    assert ("tensorflow" in sys.modules) == imported
 
 
 def test_tfds_grey_and_without_heldout_split(tmp_path: pathlib.Path) -> None:

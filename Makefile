@@ -1,0 +1,35 @@
+# Each target works alone on a fresh clone: it makes the environment that it needs.
+# Needs only Python >= 3.11 (PYTHON=python3.12 make test chooses another).
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+WORKDIR ?= runs/lm_sotu
+CONFIG ?= configs/lm_sotu.py
+ARGS ?=
+
+.PHONY: train test lint clean
+
+train: $(VENV)/.train
+	$(BIN)/python -m train --config=$(CONFIG) --workdir=$(WORKDIR) $(ARGS)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -q $(ARGS)
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(f"emoe_jax needs Python 3.11 or later, {sys.executable} is {sys.version.split()[0]}; run make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+# The extras of pyproject.toml; installed again when it changes.
+$(VENV)/.train $(VENV)/.test $(VENV)/.lint: $(VENV)/.%: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	touch $@

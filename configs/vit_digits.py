@@ -1,0 +1,23 @@
+"""Vision Transformer with experts on scikit-learn's 8×8 digits.
+
+Data: load_digits, 1,797 images, every fifth held out. Hardware: two CPU cores.
+
+    python -m train --config=configs/vit_digits.py --workdir=runs/vit_digits
+"""
+
+from train.config import experiment
+
+
+def get_config():
+    return experiment(
+        "vit",
+        steps=600,
+        batch=128,
+        log_every=50,
+        eval_every=600,
+        model={"patch": 2, "width": 64, "depth": 4, "heads": 4},
+        moe={"experts": 8, "top_k": 1, "hidden": 128, "activation": "gelu"},
+        data={"source": "digits", "crop_padding": 1},
+        optim={"learning_rate": 3e-3, "warmup": 50, "final": 0.02},
+        checkpoint={"every": 300},
+    )

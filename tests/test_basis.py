@@ -1,0 +1,202 @@
+"""Bases: one factor by every method, its sign, its derivative, its guard."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from emoe_jax import basis as bases
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+SHAPES = ((1, 1), (4, 4), (9, 3), (2, 8, 5))
+
+
+def draw(shape, seed=0):
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float32)
+
+
+def near_orthonormal(shape, seed=0):
+    """An orthonormal matrix and a step of Frobenius norm below 0.1 off it."""
+    step = draw(shape, seed + 100)
+    return bases.qr(draw(shape, seed)) + 0.1 * step / jnp.linalg.norm(step)
+
+
+def test_qr_of_a_matrix_worked_out_by_hand():
+    # Column 1 is (3,4), of length 5; column 2 is (1,7) = 6.2 (0.6,0.8)·... its rest after taking
+    # off 6.2·(0.6,0.8) = (3.72,4.96) is (-2.72,2.04) = 3.4·(-0.8,0.6).
+    weight = jnp.array([[3.0, 1.0], [4.0, 7.0]])
+    expected = jnp.array([[0.6, -0.8], [0.8, 0.6]])
+    chex.assert_trees_all_close(bases.qr(weight), expected, atol=1e-6)
+    chex.assert_trees_all_close(bases.cholesky_qr(weight), expected, atol=1e-5)
+
+
+@given(shape=st.sampled_from(SHAPES), seed=st.integers(0, 10_000))
+def test_qr_is_orthonormal_and_its_r_factor_has_a_positive_diagonal(shape, seed):
+    weight = draw(shape, seed)
+    q = bases.qr(weight)
+    assert jnp.max(bases.orthonormality_error(q)) < 1e-5
+    r = np.einsum("...dr,...ds->...rs", q, weight)
+    assert np.all(np.diagonal(r, axis1=-2, axis2=-1) > 0)
+    np.testing.assert_allclose(np.tril(r, -1), 0.0, atol=1e-5 * np.abs(weight).max() * shape[-2])
+
+
+@given(shape=st.sampled_from(SHAPES), seed=st.integers(0, 10_000))
+def test_cholesky_qr_equals_qr_near_orthonormal_weights(shape, seed):
+    weight = near_orthonormal(shape, seed)
+    q = bases.cholesky_qr(weight)
+    assert jnp.max(bases.orthonormality_error(q)) < 1e-5
+    chex.assert_trees_all_close(q, bases.qr(weight), atol=2e-6)
+    chex.assert_trees_all_close(bases.orthonormalize(weight, "cholesky_qr"), q, atol=2e-6)
+
+
+def test_an_orthonormal_weight_is_its_own_factor():
+    q = bases.qr(draw((12, 5)))
+    for method in ("qr", "cholesky_qr", "retraction"):
+        chex.assert_trees_all_close(bases.orthonormalize(q, method), q, atol=1e-6)
+
+
+def test_the_sign_makes_the_factor_continuous_where_plain_qr_jumps():
+    # Householder reflections give column 1 the sign of -W[0,0]; these two weights differ by 2e-4.
+    above = draw((6, 3)).at[0, 0].set(1e-4)
+    below = above.at[0, 0].set(-1e-4)
+    plain = jnp.linalg.qr(above)[0] - jnp.linalg.qr(below)[0]
+    assert jnp.max(jnp.abs(plain)) > 0.5
+    for factor in (bases.qr, bases.cholesky_qr):
+        chex.assert_trees_all_close(factor(above), factor(below), atol=2e-3)
+
+
+def analytic_tangent(weight, direction):
+    """DQ = Q(L - Lᵀ) + (I - QQᵀ) dW R⁻¹, L the strict lower triangle of Qᵀ dW R⁻¹; float64.
+
+    From dW = dQ R + Q dR with Qᵀ dQ skew and dR R⁻¹ upper triangular.
+    """
+    weight, direction = np.asarray(weight, np.float64), np.asarray(direction, np.float64)
+    q, r = np.linalg.qr(weight)
+    sign = np.where(np.diagonal(r) < 0, -1.0, 1.0)
+    q, r = q * sign[None, :], r * sign[:, None]
+    scaled = direction @ np.linalg.inv(r)
+    lower = np.tril(q.T @ scaled, -1)
+    return q @ (lower - lower.T) + scaled - q @ (q.T @ scaled)
+
+
+@pytest.mark.parametrize("method", ["qr", "cholesky_qr", "retraction"])
+@pytest.mark.parametrize("shape", [(4, 4), (9, 3)])
+def test_gradients_are_those_of_the_formula_and_of_differences(method, shape):
+    weight, direction, cotangent = near_orthonormal(shape), draw(shape, 1), draw(shape, 2)
+
+    def loss(weight):
+        return jnp.sum(cotangent * bases.orthonormalize(weight, method))
+
+    slope = float(jnp.sum(jax.grad(loss)(weight) * direction))
+    exact = float(np.sum(np.asarray(cotangent) * analytic_tangent(weight, direction)))
+    assert slope == pytest.approx(exact, rel=1e-4, abs=1e-4)
+    step = 1e-2
+    difference = (loss(weight + step * direction) - loss(weight - step * direction)) / (2 * step)
+    assert slope == pytest.approx(float(difference), rel=2e-2, abs=2e-2)
+
+
+def test_gradients_of_the_methods_agree_on_stacked_weights():
+    weight, cotangent = jnp.stack([near_orthonormal((9, 4), i) for i in range(3)]), draw((3, 9, 4))
+    by_method = {
+        method: jax.grad(lambda w, m=method: jnp.sum(cotangent * bases.orthonormalize(w, m)))(
+            weight
+        )
+        for method in ("qr", "cholesky_qr")
+    }
+    chex.assert_trees_all_close(by_method["qr"], by_method["cholesky_qr"], rtol=1e-4, atol=1e-5)
+
+
+def ill_conditioned():
+    """Second column all but parallel to the first: condition number about 1e5."""
+    weight = draw((8, 3))
+    return weight.at[:, 1].set(weight[:, 0] + 1e-5 * weight[:, 1])
+
+
+def test_cholesky_guard_takes_qr_for_an_ill_conditioned_weight():
+    weight = ill_conditioned()
+    assert not jnp.all(jnp.isfinite(bases.cholesky_qr(weight)))
+    guarded = bases.orthonormalize(weight, "cholesky_qr")
+    chex.assert_trees_all_equal(guarded, bases.qr(weight))
+    gradient = jax.grad(lambda w: jnp.sum(bases.orthonormalize(w, "cholesky_qr")[0]))(weight)
+    chex.assert_tree_all_finite(gradient)
+
+
+def test_cholesky_guard_covers_every_layer_of_a_stack():
+    weight = jnp.stack([near_orthonormal((8, 3)), ill_conditioned()])
+    guarded = bases.orthonormalize(weight, "cholesky_qr")
+    chex.assert_trees_all_close(guarded, bases.qr(weight), atol=1e-6)
+    assert jnp.max(bases.orthonormality_error(guarded)) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["qr", "cholesky_qr", "retraction"])
+def test_more_directions_than_dimensions_are_refused(method):
+    words = r"rank R=5 is more than width D=4; set basis.rank to 4 or less"
+    with pytest.raises(ValueError, match=words):
+        bases.orthonormalize(jnp.ones((4, 5)), method)
+
+
+def test_unknown_methods_are_refused():
+    with pytest.raises(ValueError, match=r"basis.method='svd' is not known; choose one of qr, "):
+        bases.orthonormalize(jnp.ones((4, 2)), "svd")
+    with pytest.raises(ValueError, match=r"basis.method='svd' is not known; choose one of qr, "):
+        bases.prepare_bases({}, "svd")
+
+
+def test_prepare_bases_touches_only_bases_and_all_of_them():
+    params = {
+        "a": {"router": {"basis": draw((2, 6, 3)), "masks": draw((2, 4, 3))}},
+        "basis_like": draw((6, 3)),
+        "basis": {"kernel": draw((6, 3))},
+    }
+    prepared = bases.prepare_bases(params)
+    weight = params["a"]["router"]["basis"]
+    for layer in range(2):
+        chex.assert_trees_all_close(
+            prepared["a"]["router"]["basis"][layer], bases.qr(weight[layer]), atol=1e-6
+        )
+    prepared["a"]["router"]["basis"] = weight
+    chex.assert_trees_all_equal(prepared, params)
+
+
+def test_prepare_bases_pulls_gradients_back_and_retraction_does_not():
+    params = {"router": {"basis": draw((6, 3))}, "kernel": draw((2, 2))}
+    cotangent = {"router": {"basis": draw((6, 3), 1)}, "kernel": draw((2, 2), 2)}
+    _, pull = jax.vjp(bases.prepare_bases, params)
+    _, pull_one = jax.vjp(bases.qr, params["router"]["basis"])
+    pulled = pull(cotangent)[0]
+    chex.assert_trees_all_close(
+        pulled["router"]["basis"], pull_one(cotangent["router"]["basis"])[0], rtol=1e-5
+    )
+    chex.assert_trees_all_equal(pulled["kernel"], cotangent["kernel"])
+    assert bases.prepare_bases(params, "retraction") is params
+
+
+def test_orthonormality_error_by_hand():
+    # QᵀQ - I = [[0, 0.5], [0.5, 0.25]]: the largest entry is 0.5.
+    stack = jnp.stack([jnp.eye(3, 2), jnp.array([[1.0, 0.5], [0.0, 1.0], [0.0, 0.0]])])
+    chex.assert_trees_all_close(bases.orthonormality_error(stack), jnp.array([0.0, 0.5]))
+    chex.assert_trees_all_close(bases.orthonormality_error(stack[1]), jnp.array(0.5))
+
+
+def test_drift_of_equal_and_of_orthogonal_subspaces():
+    q = bases.qr(draw((8, 3)))
+    turn = bases.qr(draw((3, 3), 1))
+    assert bases.drift(q, q) < 1e-6
+    assert bases.drift(q, q @ turn) < 1e-6
+    first, last = jnp.eye(6)[:, :3], jnp.eye(6)[:, 3:]
+    assert bases.drift(first, last) == pytest.approx(1.0, abs=1e-6)
+    chex.assert_shape(bases.drift(jnp.stack([first] * 4), jnp.stack([last] * 4)), (4,))
+
+
+@pytest.mark.parametrize("angle", [1e-5, 1e-3, 0.5, 1.2])
+def test_drift_of_one_turned_direction_is_the_sine_over_the_root_of_the_rank(angle):
+    before = jnp.eye(6)[:, :4]
+    after = before.at[0, 0].set(jnp.cos(angle)).at[5, 0].set(jnp.sin(angle))
+    expected = np.sin(angle) / 2
+    assert float(bases.drift(before, after)) == pytest.approx(expected, rel=1e-4)
+    projectors = before @ before.T - after @ after.T
+    assert float(jnp.linalg.norm(projectors)) / np.sqrt(8) == pytest.approx(expected, rel=1e-3)

@@ -1,0 +1,241 @@
+"""Benchmarks: `python -m train.bench NAME [--json=FILE] [--repeats=N] [...]`.
+
+`grouped` times an expert MLP (sort by expert, gather, two grouped products around a GELU, combine)
+with each backend of the grouped product, against one dense MLP over the same T*K rows. Runs are
+interleaved: each round runs every kernel once, and a ratio is the median over rounds of a kernel's
+time over the dense time of the same round, so that a load on the machine that comes and goes
+falls on both.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from emoe_jax.dispatch.dropless import sort_by_expert
+from emoe_jax.dispatch.rows import collect_rows, spread_rows
+from emoe_jax.grouped import grouped_matmul
+from train.tables import check_json_path, print_table, write_json
+
+# Its own flags, so that several programs can be imported in one process.
+FLAGS = flags.FlagValues()
+flags.DEFINE_string("json", None, "Also write the table to this file.", flag_values=FLAGS)
+flags.DEFINE_integer("repeats", 10, "Timed rounds.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer(
+    "ragged_repeats",
+    1,
+    "Rounds that include ragged_dot where it is dense (on CPU); 0 leaves it out there.",
+    lower_bound=0,
+    flag_values=FLAGS,
+)
+flags.DEFINE_integer("tokens", 4096, "T.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer("width", 512, "D.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer("hidden", 1024, "F.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer("chosen", 2, "K, experts per token.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_list("experts", ["8", "32", "64"], "The values of E.", flag_values=FLAGS)
+flags.DEFINE_multi_enum(
+    "load",
+    ["balanced", "skewed"],
+    ["balanced", "skewed"],
+    "Expert loads: balanced random, or falling as 1/rank.",
+    flag_values=FLAGS,
+)
+flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16"], "Of rows and weights.", flag_values=FLAGS
+)
+flags.DEFINE_boolean("help", False, "Print this help.", short_name="h", flag_values=FLAGS)
+
+Row = dict[str, Any]
+Step = Callable[..., Any]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the benchmarks that the command line names; returns the exit status."""
+    try:
+        FLAGS.unparse_flags()
+        names = FLAGS(list(argv))[1:]
+        if FLAGS.help:
+            print(f"{__doc__}\nBenchmarks: {', '.join(BENCHMARKS)}.\n{FLAGS.get_help()}")
+            return 0
+        benchmarks = select(names)
+        if FLAGS.json:
+            check_json_path(FLAGS.json)
+        rows = [row for benchmark in benchmarks for row in benchmark()]
+    except (flags.Error, ValueError, FileNotFoundError) as error:
+        print(f"train.bench: {error}", file=sys.stderr)
+        return 2
+    print_table(f"{' '.join(names)}: T={FLAGS.tokens} D={FLAGS.width} F={FLAGS.hidden} "
+                f"K={FLAGS.chosen} {FLAGS.dtype}", rows)
+    if FLAGS.json:
+        write_json(FLAGS.json, rows)
+    return 0
+
+
+def select(names: Sequence[str]) -> list[Callable[[], list[Row]]]:
+    """Looks the benchmarks up.
+
+    Raises:
+        ValueError: no name, or one that is not in the table.
+    """
+    unknown = [name for name in names if name not in BENCHMARKS]
+    if unknown or not names:
+        said = f"unknown benchmark {unknown[0]!r}" if unknown else "no benchmark named"
+        raise ValueError(f"{said}; choose from {', '.join(BENCHMARKS)}.")
+    return [BENCHMARKS[name] for name in names]
+
+
+# --- grouped ----------------------------------------------------------------------------------
+
+
+def grouped() -> list[Row]:
+    """Times the grouped product's backends in an expert MLP, for each load and number of experts.
+
+    Returns:
+        One row for each load, E and kernel: milliseconds (median, least, most) and ratios to the
+        dense MLP, forward alone (`forward_`) and with the gradients of tokens, gates and weights
+        (`step_`); seconds to compile; how many rounds were timed.
+
+    Raises:
+        ValueError: K is above E.
+    """
+    numbers = _numbers(FLAGS.experts)
+    low = [E for E in numbers if E < FLAGS.chosen]
+    if low:
+        raise ValueError(
+            f"--chosen={FLAGS.chosen} experts a token needs at least as many in --experts; "
+            f"got {low[0]}."
+        )
+    return [row for load in FLAGS.load for E in numbers for row in _grouped_rows(load, E)]
+
+
+def _numbers(texts: Sequence[str]) -> list[int]:
+    if not texts or not all(text.isdigit() and int(text) > 0 for text in texts):
+        raise ValueError(f"--experts={','.join(texts)} must be positive integers, as in 8,32,64.")
+    return [int(text) for text in texts]
+
+
+def _grouped_rows(load: str, E: int) -> list[Row]:
+    T, D, F, K = FLAGS.tokens, FLAGS.width, FLAGS.hidden, FLAGS.chosen
+    operands = _operands(T, D, F, K, E, load)
+    on_cpu = jax.default_backend() == "cpu"
+    repeats = {"dense": FLAGS.repeats, "ragged_dot": FLAGS.repeats}
+    if on_cpu:
+        ragged = min(FLAGS.ragged_repeats, FLAGS.repeats)
+        repeats = {"dense": FLAGS.repeats, "cpu": FLAGS.repeats, "ragged_dot": ragged}
+    repeats = {kernel: count for kernel, count in repeats.items() if count}
+
+    programs: dict[tuple[str, str], Step] = {}
+    seconds: dict[str, float] = {}
+    for kernel in repeats:
+        start = time.perf_counter()
+        for part, program in _programs(kernel).items():
+            compiled = jax.jit(program).lower(*operands[kernel == "dense"]).compile()
+            programs[kernel, part] = partial(compiled, *operands[kernel == "dense"])
+        seconds[kernel] = time.perf_counter() - start
+    times = interleave(programs, {key: repeats[key[0]] for key in programs})
+
+    rows = []
+    for kernel, count in repeats.items():
+        row: Row = {"load": load, "E": E, "kernel": kernel, "rounds": count}
+        for part in ("forward", "step"):
+            row |= _summary(part, times[kernel, part], times["dense", part])
+        rows.append(row | {"compile_s": seconds[kernel]})
+    return rows
+
+
+def _summary(part: str, times: list[float], dense: list[float]) -> Row:
+    ratios = [mine / other for mine, other in zip(times, dense, strict=False)]
+    return {
+        f"{part}_ms": 1e3 * statistics.median(times),
+        f"{part}_ms_min": 1e3 * min(times),
+        f"{part}_ms_max": 1e3 * max(times),
+        f"{part}_ratio": statistics.median(ratios),
+        f"{part}_ratio_of_min": min(times) / min(dense),
+    }
+
+
+def interleave(programs: dict[Any, Step], rounds: dict[Any, int]) -> dict[Any, list[float]]:
+    """Times programs in turn, one run of each a round, after one run of each that is not timed.
+
+    Args:
+        programs: what to run, by name.
+        rounds: in how many rounds each takes part, from the first on.
+
+    Returns:
+        Seconds of each run, by name.
+    """
+    times: dict[Any, list[float]] = {name: [] for name in programs}
+    for program in programs.values():
+        jax.block_until_ready(program())
+    for turn in range(max(rounds.values())):
+        for name, program in programs.items():
+            if turn < rounds[name]:
+                start = time.perf_counter()
+                jax.block_until_ready(program())
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def _operands(T: int, D: int, F: int, K: int, E: int, load: str) -> tuple[tuple, tuple]:
+    """Operands of the expert MLP and of the dense one, which takes K times the tokens."""
+    random = np.random.default_rng(0)
+    dtype = jnp.dtype(FLAGS.dtype)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(random.standard_normal(shape, np.float32) / shape[-2] ** 0.5, dtype)
+
+    share = np.ones(E) if load == "balanced" else 1 / np.arange(1, E + 1)
+    # The K largest of log(share) + Gumbel noise: K different experts drawn by their shares.
+    scores = np.log(share) + random.gumbel(size=(T, E))
+    indices = jnp.asarray(np.argsort(-scores, axis=1)[:, :K], jnp.int32)
+    gates = jnp.full((T, K), 1 / K, dtype)
+    experts = (normal(T, D), gates, normal(E, D, F), normal(E, F, D), indices)
+    return experts, (normal(T * K, D), normal(D, F), normal(F, D))
+
+
+def _programs(kernel: str) -> dict[str, Step]:
+    if kernel == "dense":
+        forward, arguments = _dense_mlp, (0, 1, 2)
+    else:
+        forward, arguments = partial(_expert_mlp, kernel), (0, 1, 2, 3)
+
+    def loss(*operands: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.square(forward(*operands)), dtype=jnp.float32)
+
+    return {"forward": forward, "step": jax.value_and_grad(loss, arguments)}
+
+
+def _dense_mlp(rows: jax.Array, w_in: jax.Array, w_out: jax.Array) -> jax.Array:
+    return jax.nn.gelu(rows @ w_in) @ w_out
+
+
+def _expert_mlp(
+    kernel: str,
+    tokens: jax.Array,
+    gates: jax.Array,
+    w_in: jax.Array,
+    w_out: jax.Array,
+    indices: jax.Array,
+) -> jax.Array:
+    T, K = indices.shape
+    order, _, sizes = sort_by_expert(indices.reshape(T * K), w_in.shape[0])
+    places = jnp.zeros_like(order).at[order].set(
+        jnp.arange(T * K, dtype=jnp.int32), unique_indices=True
+    )
+    places, sources = places.reshape(T, K), order // K
+    hidden = grouped_matmul(spread_rows(tokens, sources, places), w_in, sizes, backend=kernel)
+    rows = grouped_matmul(jax.nn.gelu(hidden), w_out, sizes, backend=kernel)
+    return collect_rows(rows * gates.reshape(T * K)[order, None], places, sources)
+
+
+BENCHMARKS: dict[str, Callable[[], list[Row]]] = {"grouped": grouped}
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
