@@ -6,10 +6,12 @@ Result: none worth quoting.
     python -m train --config=configs/lm_tiny.py --workdir=runs/lm_tiny
 """
 
+from ml_collections import ConfigDict
+
 from train.config import experiment
 
 
-def get_config():
+def get_config() -> ConfigDict:
     return experiment(
         "lm",
         steps=20,

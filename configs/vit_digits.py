@@ -5,10 +5,12 @@ Data: load_digits, 1,797 images, every fifth held out. Hardware: two CPU cores.
     python -m train --config=configs/vit_digits.py --workdir=runs/vit_digits
 """
 
+from ml_collections import ConfigDict
+
 from train.config import experiment
 
 
-def get_config():
+def get_config() -> ConfigDict:
     return experiment(
         "vit",
         steps=600,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -263,13 +263,9 @@ def attend(
     if implementation == "splash":
         return _splash(query, key, value, segments, causal, interpret=False)
     same = segments[:, :, None] == segments[:, None, :]
+    kernel: Literal["xla", "cudnn"] = "cudnn" if implementation == "cudnn" else "xla"
     return jax.nn.dot_product_attention(
-        query,
-        key,
-        value,
-        mask=same[:, None],
-        is_causal=causal,
-        implementation=implementation,  # type: ignore[arg-type]
+        query, key, value, mask=same[:, None], is_causal=causal, implementation=kernel
     )
 
 

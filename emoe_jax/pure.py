@@ -38,8 +38,8 @@ class Pure(NamedTuple):
 def split(model: nnx.Module) -> tuple[Pure, Tree, Tree]:
     """Splits a model into its graph, parameters and router state, the two as plain dicts."""
     graph, params, router = nnx.split(model, nnx.Param, RouterState)
-    plain = _plain(params), _plain(router)
-    return Pure(graph, _abstract(params), _abstract(router)), *plain
+    pure = Pure(graph, _abstract(params), _abstract(router))
+    return pure, _plain(params), _plain(router)
 
 
 def abstract_split(make: Callable[[], nnx.Module]) -> tuple[Pure, Tree, Tree]:

@@ -1,0 +1,1 @@
+"""The programs: run from a checkout, not part of the wheel."""

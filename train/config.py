@@ -1,5 +1,8 @@
-"""An experiment as one tree of keys: written by configs/NAME.py, overridden on the command line,
-checked and frozen before anything else happens."""
+"""An experiment as one tree of keys.
+
+Written by configs/NAME.py, overridden on the command line, checked and frozen before anything else
+happens.
+"""
 
 from __future__ import annotations
 
@@ -171,7 +174,8 @@ def freeze(config: Mapping[str, Any]) -> ExperimentConfig:
 
 def with_vocab(config: ExperimentConfig, vocab_size: int) -> ExperimentConfig:
     """The configuration with the vocabulary of the tokenizer in use."""
-    model = dataclasses.replace(config.model, vocab_size=vocab_size)  # type: ignore[call-arg]
+    assert isinstance(config.model, LMConfig)
+    model = dataclasses.replace(config.model, vocab_size=vocab_size)
     return dataclasses.replace(config, model=model)
 
 

@@ -23,6 +23,8 @@ from train.step import layer_metrics
 
 Tree = Any
 Evaluate = Callable[[Tree, Tree, Tree, jax.Array], Tree]
+Scalars = dict[str, float]
+Rows = list[dict[str, Any]]
 
 
 def heldout(run: Run) -> Iterator[dict[str, np.ndarray]]:
@@ -41,7 +43,7 @@ def compile_evaluate(run: Run) -> Evaluate:
     return step.lower(state["params"], state["router"], batch, key).compile()
 
 
-def evaluate(run: Run, step: Evaluate, state: Tree) -> tuple[dict[str, float], list[dict[str, Any]]]:
+def evaluate(run: Run, step: Evaluate, state: Tree) -> tuple[Scalars, Rows]:
     """Scores all held-out data.
 
     Args:
@@ -57,8 +59,8 @@ def evaluate(run: Run, step: Evaluate, state: Tree) -> tuple[dict[str, float], l
     batches = 0
     for batch in heldout(run):
         part = step(state["params"], state["router"], run.to_devices(batch), run.key())
-        total = part if total is None else jax.tree.map(np.add, total, jax.device_get(part))
-        total = jax.device_get(total)
+        part = jax.device_get(part)
+        total = part if total is None else jax.tree.map(np.add, total, part)
         batches += 1
     sums = {name: float(value) for name, value in total["sums"].items()}
     scalars = {"eval/loss": sums["loss"] / sums["count"]}
@@ -73,7 +75,7 @@ def evaluate(run: Run, step: Evaluate, state: Tree) -> tuple[dict[str, float], l
     return scalars, rows
 
 
-def routing_rows(run: Run, metrics: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def routing_rows(run: Run, metrics: dict[str, dict[str, Any]]) -> Rows:
     """One row an expert layer: its name, its scalars, and `load`, the list of shares."""
     rows = []
     for place, names in layer_names(run.config.model).items():
@@ -86,9 +88,7 @@ def routing_rows(run: Run, metrics: dict[str, dict[str, Any]]) -> list[dict[str,
     return sorted(rows, key=lambda row: str(row["layer"]))
 
 
-def print_evaluation(
-    run: Run, scalars: dict[str, float], rows: list[dict[str, Any]], step: int
-) -> None:
+def print_evaluation(run: Run, scalars: Scalars, rows: Rows, step: int) -> None:
     """Prints the result and the routing table."""
     if isinstance(run.data, TextData):
         result = f"{scalars['eval/bits_per_byte']:.4f} bits per byte"

@@ -19,6 +19,8 @@ from train.config import changed_keys, digest, freeze, to_json
 from train.data.text import TextData
 from train.evaluate import (
     Evaluate,
+    Rows,
+    Scalars,
     compile_evaluate,
     evaluate,
     print_evaluation,
@@ -36,7 +38,7 @@ PROFILE_AFTER = 10
 """Steps before the profile begins, so that it shows the steady state."""
 
 
-def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[dict[str, float], list[Any]]:
+def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[Scalars, Rows]:
     """Trains an experiment to its end, or goes on with it from its last checkpoint.
 
     Args:
@@ -98,7 +100,9 @@ def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[dict[str
             resume_step=resumed,
             enabled=jax.process_index() == 0,
         ) as log:
-            state, result = _steps(run, state, start, batches, compiled, evaluator, checkpoints, log)
+            state, result = _steps(
+                run, state, start, batches, compiled, evaluator, checkpoints, log
+            )
     scalars, rows = result or evaluate(run, evaluator, state)
 
     # ---------------------------------------------------------------- result
@@ -174,8 +178,8 @@ class _Compilations:
         """Starts to count."""
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
-    def _on_event(self, name: str, seconds: float, **_: Any) -> None:
-        if name == "/jax/core/compile/backend_compile_duration":
+    def _on_event(self, event: str, duration_secs: float, **_: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
             self.count += 1
 
 

@@ -148,7 +148,12 @@ def microbatches(batch: Batch, parts: int) -> Batch:
 
 
 def _accumulate(
-    gradient: Callable[..., Any], params: Tree, router: Tree, batches: Batch, key: Array, total: Array
+    gradient: Callable[..., Any],
+    params: Tree,
+    router: Tree,
+    batches: Batch,
+    key: Array,
+    total: Array,
 ) -> Any:
     """Sums gradients, losses and statistics over microbatches."""
 

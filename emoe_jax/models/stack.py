@@ -37,26 +37,13 @@ class Block(nnx.Module):
     """
 
     def __init__(self, config: LMConfig | ViTConfig, experts: bool, *, rngs: nnx.Rngs) -> None:
-        lm = isinstance(config, LMConfig)
-        D = config.width
+        lm, D = isinstance(config, LMConfig), config.width
         norm = RMSNorm if lm else LayerNorm
-        self.adapter = experts and not lm and config.moe_form == "adapter"
-        self.skips_class = not lm and config.pooling == "class"
+        self.adapter = experts and isinstance(config, ViTConfig) and config.moe_form == "adapter"
+        self.skips_class = isinstance(config, ViTConfig) and config.pooling == "class"
         self.experts = experts
         self.norm_attention = norm(D)
-        self.attention = Attention(
-            D,
-            config.heads,
-            (config.kv_heads or config.heads) if lm else config.heads,
-            config.head_dim or D // config.heads,
-            causal=lm,
-            rope_base=config.rope_base if lm else None,
-            qk_norm=config.qk_norm if lm else False,
-            bias=not lm,
-            implementation=config.attention,
-            dtype=config.dtype,
-            rngs=rngs,
-        )
+        self.attention = _make_attention(config, rngs)
         self.norm_mlp = norm(D)
         if not experts or self.adapter:
             activation = "swiglu" if lm else "gelu"
@@ -93,6 +80,24 @@ class Block(nnx.Module):
         out, aux = self.moe(x[:, first:], mask=mask[:, first:], **extra)
         branch = self.alpha[...].astype(x.dtype) * out
         return x.at[:, first:].add(branch), aux
+
+
+def _make_attention(config: LMConfig | ViTConfig, rngs: nnx.Rngs) -> Attention:
+    """Causal and rotary for language models; bidirectional, with biases, for images."""
+    lm = isinstance(config, LMConfig)
+    return Attention(
+        config.width,
+        config.heads,
+        config.kv_heads if isinstance(config, LMConfig) and config.kv_heads else config.heads,
+        config.head_dim or config.width // config.heads,
+        causal=lm,
+        rope_base=config.rope_base if isinstance(config, LMConfig) else None,
+        qk_norm=isinstance(config, LMConfig) and config.qk_norm,
+        bias=not lm,
+        implementation=config.attention,
+        dtype=config.dtype,
+        rngs=rngs,
+    )
 
 
 class Stack(nnx.Module):
