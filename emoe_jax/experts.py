@@ -18,6 +18,7 @@ Array = jax.Array
 class Experts(nnx.Module):
     """E expert MLPs as stacked matrices.
 
+    Normal initial weights with deviation 1/sqrt(fan in), `out_scale` times that for w_down.
     "swiglu": W_down (silu(W_gate x) * W_up x); "gelu": W_down gelu(W_up x), exact GELU.
 
     Attributes:
@@ -29,14 +30,22 @@ class Experts(nnx.Module):
         b_down: [E,D].
     """
 
-    def __init__(self, config: MoEConfig, width: int, *, dtype: str, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        config: MoEConfig,
+        width: int,
+        *,
+        dtype: str,
+        out_scale: float = 1.0,
+        rngs: nnx.Rngs,
+    ) -> None:
         E, D, F = config.experts, width, config.hidden
         self.dtype = dtype
         self.gated = config.activation == "swiglu"
         if self.gated:
             self.w_gate = _matrices(rngs, (E, D, F))
         self.w_up = _matrices(rngs, (E, D, F))
-        self.w_down = _matrices(rngs, (E, F, D))
+        self.w_down = _matrices(rngs, (E, F, D), out_scale)
         self.bias = config.bias
         if self.bias:
             if self.gated:
@@ -66,9 +75,12 @@ class Experts(nnx.Module):
         return product(hidden, "w_down", "b_down")
 
 
-def _matrices(rngs: nnx.Rngs, shape: tuple[int, int, int]) -> nnx.Param[Array]:
-    """Normal with deviation 1/sqrt(fan in), which keeps the variance of a unit input."""
-    return nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32) / math.sqrt(shape[1]))
+def _matrices(
+    rngs: nnx.Rngs, shape: tuple[int, int, int], scale: float = 1.0
+) -> nnx.Param[Array]:
+    """Normal with deviation scale/sqrt(fan in); at scale 1 it keeps the variance of its input."""
+    std = scale / math.sqrt(shape[1])
+    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
 
 
 def grouped_product(rows: Array, weights: Array, sizes: Array) -> Array:

@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+Array = jax.Array
+
 BACKENDS = ("auto", "ragged_dot", "cpu")
 
 # Products come in _TAILS static row counts, multiples of a step; the largest is the block that is
-# repeated. Six steps make a mean load: a balanced random load then fits one block of 1.33 means, and
-# half a step, 8 % of the rows, is wasted. Twice as many sizes measured no faster and compile slower.
+# repeated. Six steps make a mean load: a balanced random load then fits one block of 1.33 means,
+# and half a step, 8 % of the rows, is wasted. More sizes measured no faster and compile slower.
 _TAILS = 8
 _STEPS_PER_MEAN = 6
 # A step is whole vector registers. Blocks of more than 512 rows leave the cache between the slice,
@@ -56,9 +58,7 @@ def resolve_backend(name: str, platform: str | None = None) -> str:
     return "cpu" if (platform or jax.default_backend()) == "cpu" else "ragged_dot"
 
 
-def grouped_matmul(
-    rows: jax.Array, weights: jax.Array, sizes: jax.Array, *, backend: str = "auto"
-) -> jax.Array:
+def grouped_matmul(rows: Array, weights: Array, sizes: Array, *, backend: str = "auto") -> Array:
     """Multiplies each block of consecutive rows by the matrix of its group.
 
     Rows [sum(sizes[:e]), sum(sizes[:e+1])) are multiplied by weights[e]. Products accumulate in
@@ -101,7 +101,7 @@ def grouped_matmul(
     return _product(backend, rows + zero, weights + zero, sizes + zero.astype(sizes.dtype))
 
 
-def _check(rows: jax.Array, weights: jax.Array, sizes: jax.Array) -> None:
+def _check(rows: Array, weights: Array, sizes: Array) -> None:
     if rows.ndim != 2 or weights.ndim != 3 or sizes.ndim != 1:
         raise ValueError(
             "grouped_matmul takes rows [M,D], weights [E,D,F] and sizes [E]; got shapes "
@@ -129,7 +129,7 @@ def _check(rows: jax.Array, weights: jax.Array, sizes: jax.Array) -> None:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(backend: str, rows: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
+def _product(backend: str, rows: Array, weights: Array, sizes: Array) -> Array:
     return _choose(
         backend,
         partial(_cpu_rows, dimensions=_ROWS_BY_MATRIX),
@@ -139,14 +139,14 @@ def _product(backend: str, rows: jax.Array, weights: jax.Array, sizes: jax.Array
 
 
 def _product_forward(
-    backend: str, rows: jax.Array, weights: jax.Array, sizes: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    backend: str, rows: Array, weights: Array, sizes: Array
+) -> tuple[Array, tuple[Array, Array, Array]]:
     return _product(backend, rows, weights, sizes), (rows, weights, sizes)
 
 
 def _product_backward(
-    backend: str, residuals: tuple[jax.Array, jax.Array, jax.Array], d_out: jax.Array
-) -> tuple[jax.Array, jax.Array, None]:
+    backend: str, residuals: tuple[Array, Array, Array], d_out: Array
+) -> tuple[Array, Array, None]:
     rows, weights, sizes = residuals
     d_rows = _choose(
         backend,
@@ -163,34 +163,34 @@ _product.defvjp(_product_forward, _product_backward)
 
 def _choose(
     backend: str,
-    cpu: Callable[..., jax.Array],
-    ragged: Callable[..., jax.Array],
-    operands: tuple[jax.Array, jax.Array, jax.Array],
-) -> jax.Array:
+    cpu: Callable[..., Array],
+    ragged: Callable[..., Array],
+    operands: tuple[Array, Array, Array],
+) -> Array:
     if backend == "auto":
         return lax.platform_dependent(*operands, cpu=cpu, default=ragged)
     return (cpu if backend == "cpu" else ragged)(*operands)
 
 
 def _accumulator(dtype: jnp.dtype) -> jnp.dtype:
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 # --- backend "ragged_dot" ---------------------------------------------------------------------
 
 
-def _zero_past_end(array: jax.Array, sizes: jax.Array) -> jax.Array:
+def _zero_past_end(array: Array, sizes: Array) -> Array:
     """Zeros rows past sum(sizes): kernels differ in what they leave there."""
     inside = jnp.arange(array.shape[0], dtype=jnp.int32) < jnp.sum(sizes)
     return jnp.where(inside[:, None], array, jnp.zeros((), array.dtype))
 
 
-def _ragged_rows(rows: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
+def _ragged_rows(rows: Array, weights: Array, sizes: Array) -> Array:
     out = lax.ragged_dot(rows, weights, sizes, preferred_element_type=_accumulator(rows.dtype))
     return _zero_past_end(out.astype(rows.dtype), sizes)
 
 
-def _ragged_rows_transposed(d_out: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
+def _ragged_rows_transposed(d_out: Array, weights: Array, sizes: Array) -> Array:
     d_rows = lax.ragged_dot_general(
         d_out,
         weights,
@@ -201,7 +201,7 @@ def _ragged_rows_transposed(d_out: jax.Array, weights: jax.Array, sizes: jax.Arr
     return _zero_past_end(d_rows.astype(d_out.dtype), sizes)
 
 
-def _ragged_weights(rows: jax.Array, d_out: jax.Array, sizes: jax.Array) -> jax.Array:
+def _ragged_weights(rows: Array, d_out: Array, sizes: Array) -> Array:
     # Zeroed on both sides: zero times a NaN past the end would still be NaN.
     d_weights = lax.ragged_dot_general(
         _zero_past_end(rows, sizes),
@@ -228,9 +228,7 @@ def _block_sizes(M: int, E: int) -> tuple[int, ...]:
     return tuple(sorted({min(step * i, M) for i in range(1, _TAILS + 1)}))
 
 
-def _split(
-    end: jax.Array, size: jax.Array, blocks: tuple[int, ...]
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _split(end: Array, size: Array, blocks: tuple[int, ...]) -> tuple[Array, Array, Array]:
     """Cuts an expert's rows: its first row, how many full blocks, and which size holds the rest.
 
     The last is 1 + the index of the smallest block that holds the rest, or 0 for no rest.
@@ -241,13 +239,11 @@ def _split(
     return end - size, full, tail
 
 
-def _reach(tail: jax.Array, blocks: tuple[int, ...]) -> jax.Array:
+def _reach(tail: Array, blocks: tuple[int, ...]) -> Array:
     return jnp.asarray((0, *blocks), jnp.int32)[tail]
 
 
-def _repeat(
-    times: jax.Array, out: jax.Array, run: Callable[..., jax.Array], *operands: jax.Array
-) -> jax.Array:
+def _repeat(times: Array, out: Array, run: Callable[..., Array], *operands: Array) -> Array:
     """Runs `run(i, out, *operands)` so many times; a condition runs it once or never.
 
     Not `lax.switch`: XLA on CPU copies the whole of `out` around a conditional, at each expert,
@@ -257,33 +253,33 @@ def _repeat(
     return lax.fori_loop(0, times.astype(jnp.int32), lambda i, out: run(i, out, *operands), out)
 
 
-def _matrix_shape(weights: jax.Array, dimensions: lax.DotDimensionNumbers) -> tuple[int, int]:
+def _matrix_shape(weights: Array, dimensions: lax.DotDimensionNumbers) -> tuple[int, int]:
     """E, and the width of the product's rows."""
     return weights.shape[0], weights.shape[2 if dimensions == _ROWS_BY_MATRIX else 1]
 
 
-def _write_rows(out: jax.Array, block: jax.Array, start: jax.Array) -> jax.Array:
+def _write_rows(out: Array, block: Array, start: Array) -> Array:
     return lax.dynamic_update_slice(out, block.astype(out.dtype), (start, jnp.zeros_like(start)))
 
 
-def _write_matrix(out: jax.Array, matrix: jax.Array, e: jax.Array) -> jax.Array:
+def _write_matrix(out: Array, matrix: Array, e: Array) -> Array:
     zero = jnp.zeros_like(e)
     return lax.dynamic_update_slice(out, matrix[None], (e, zero, zero))
 
 
-def _slice_rows(array: jax.Array, start: jax.Array, count: int) -> jax.Array:
+def _slice_rows(array: Array, start: Array, count: int) -> Array:
     # lax's dynamic_slice clamps the start so that the block stays inside the array.
     block = lax.dynamic_slice(array, (start, jnp.zeros_like(start)), (count, array.shape[1]))
     return block.astype(_accumulator(array.dtype))
 
 
-def _slice_matrix(weights: jax.Array, e: jax.Array) -> jax.Array:
+def _slice_matrix(weights: Array, e: Array) -> Array:
     zero = jnp.zeros_like(e)
     matrix = lax.dynamic_slice(weights, (e, zero, zero), (1, *weights.shape[1:]))
     return matrix[0].astype(_accumulator(weights.dtype))
 
 
-def _keep_between(block: jax.Array, first: jax.Array, start: jax.Array, end: jax.Array):
+def _keep_between(block: Array, first: Array, start: Array, end: Array) -> Array:
     """Zeros the rows of a block, whose first row is row `first`, outside [start, end)."""
     index = first + jnp.arange(block.shape[0], dtype=jnp.int32)
     inside = (index >= start) & (index < end)
@@ -291,8 +287,8 @@ def _keep_between(block: jax.Array, first: jax.Array, start: jax.Array, end: jax
 
 
 def _cpu_rows(
-    rows: jax.Array, weights: jax.Array, sizes: jax.Array, *, dimensions: lax.DotDimensionNumbers
-) -> jax.Array:
+    rows: Array, weights: Array, sizes: Array, *, dimensions: lax.DotDimensionNumbers
+) -> Array:
     """Rows times matrices (or their transposes): [M,D],[E,D,F] -> [M,F], or [M,F] -> [M,D].
 
     Experts are taken in order. A block may reach past its expert's rows: what it writes there is
@@ -302,12 +298,12 @@ def _cpu_rows(
     blocks = _block_sizes(M, E)
     ends = jnp.cumsum(sizes, dtype=jnp.int32)
 
-    def block_product(i, out, matrix, start, *, count: int):
+    def block_product(i: Array, out: Array, matrix: Array, start: Array, *, count: int) -> Array:
         start = start + i * count
         block = lax.dot_general(_slice_rows(rows, start, count), matrix, dimensions)
         return _write_rows(out, block, start)
 
-    def last_product(i, out, matrix, start):
+    def last_product(i: Array, out: Array, matrix: Array, start: Array) -> Array:
         # A block that would pass the array's end is moved up; the rows before `start` that it then
         # covers are done already and must stay.
         count = blocks[-1]
@@ -318,7 +314,7 @@ def _cpu_rows(
         done = first + jnp.arange(count, dtype=jnp.int32) < start
         return _write_rows(out, jnp.where(done[:, None], old, block.astype(out.dtype)), first)
 
-    def expert(e, out):
+    def expert(e: Array, out: Array) -> Array:
         matrix = _slice_matrix(weights, e)
         start, full, tail = _split(ends[e], sizes[e], blocks)
         out = _repeat(full, out, partial(block_product, count=blocks[-1]), matrix, start)
@@ -336,7 +332,7 @@ def _cpu_rows(
     return _write_rows(out, _keep_between(spilt, first, jnp.zeros_like(first), ends[-1]), first)
 
 
-def _cpu_weights(rows: jax.Array, d_out: jax.Array, sizes: jax.Array) -> jax.Array:
+def _cpu_weights(rows: Array, d_out: Array, sizes: Array) -> Array:
     """Gradient of the weights: [M,D],[M,F] -> [E,D,F], each matrix written once if it fits a block.
 
     The tail is written first, then full blocks are added: a balanced expert has only a tail.
@@ -345,21 +341,21 @@ def _cpu_weights(rows: jax.Array, d_out: jax.Array, sizes: jax.Array) -> jax.Arr
     blocks = _block_sizes(M, E)
     ends = jnp.cumsum(sizes, dtype=jnp.int32)
 
-    def tail_product(i, out, e, start, *, count: int):
+    def tail_product(i: Array, out: Array, e: Array, start: Array, *, count: int) -> Array:
         start = start + i * count
         first = jnp.minimum(start, M - count)
         left = _keep_between(_slice_rows(rows, first, count), first, start, ends[e])
         right = _keep_between(_slice_rows(d_out, first, count), first, start, ends[e])
         return _write_matrix(out, lax.dot_general(left, right, _COLUMNS_BY_COLUMNS), e)
 
-    def full_product(i, out, e, start):
+    def full_product(i: Array, out: Array, e: Array, start: Array) -> Array:
         start = start + i * blocks[-1]
         left = _slice_rows(rows, start, blocks[-1])
         right = _slice_rows(d_out, start, blocks[-1])
         matrix = _slice_matrix(out, e) + lax.dot_general(left, right, _COLUMNS_BY_COLUMNS)
         return _write_matrix(out, matrix, e)
 
-    def expert(e, out):
+    def expert(e: Array, out: Array) -> Array:
         start, full, tail = _split(ends[e], sizes[e], blocks)
         for i, count in enumerate(blocks):
             run = partial(tail_product, count=count)

@@ -106,13 +106,14 @@ class MLP(nnx.Module):
         dtype: str,
         *,
         bias: bool = False,
+        out_scale: float = 1.0,
         rngs: nnx.Rngs,
     ) -> None:
         self.gated = activation == "swiglu"
         if self.gated:
             self.gate = Linear(width, hidden, dtype, bias=bias, rngs=rngs)
         self.up = Linear(width, hidden, dtype, bias=bias, rngs=rngs)
-        self.down = Linear(hidden, width, dtype, bias=bias, rngs=rngs)
+        self.down = Linear(hidden, width, dtype, bias=bias, scale=out_scale, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         """Maps [...,D] to [...,D] in the compute dtype."""
@@ -157,6 +158,7 @@ class Attention(nnx.Module):
         bias: whether the linear maps have biases.
         implementation: see `attend`.
         dtype: compute dtype.
+        out_scale: factor of the initial output matrix.
         rngs: for the initial weights.
     """
 
@@ -173,6 +175,7 @@ class Attention(nnx.Module):
         bias: bool,
         implementation: str,
         dtype: str,
+        out_scale: float = 1.0,
         rngs: nnx.Rngs,
     ) -> None:
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
@@ -181,7 +184,9 @@ class Attention(nnx.Module):
         self.query = Linear(width, heads * head_dim, dtype, bias=bias, rngs=rngs)
         self.key = Linear(width, kv_heads * head_dim, dtype, bias=bias, rngs=rngs)
         self.value = Linear(width, kv_heads * head_dim, dtype, bias=bias, rngs=rngs)
-        self.out = Linear(heads * head_dim, width, dtype, bias=bias, rngs=rngs)
+        self.out = Linear(
+            heads * head_dim, width, dtype, bias=bias, scale=out_scale, rngs=rngs
+        )
         self.qk_norm = qk_norm
         if qk_norm:
             self.query_norm = RMSNorm(head_dim)

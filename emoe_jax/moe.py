@@ -43,6 +43,7 @@ class MoE(nnx.Module):
         config: the layer.
         width: D.
         dtype: compute dtype of the experts; the router is float32.
+        out_scale: factor of the experts' initial output matrices, below 1 in deep models.
         rngs: initial weights are drawn from its stream `params`.
 
     Raises:
@@ -50,13 +51,26 @@ class MoE(nnx.Module):
     """
 
     def __init__(
-        self, config: MoEConfig, width: int, *, dtype: str = "float32", rngs: nnx.Rngs
+        self,
+        config: MoEConfig,
+        width: int,
+        *,
+        dtype: str = "float32",
+        out_scale: float = 1.0,
+        rngs: nnx.Rngs,
     ) -> None:
         self.config = config
         self.router = make_router(config, width, rngs=rngs)
-        self.experts = Experts(config, width, dtype=dtype, rngs=rngs)
+        self.experts = Experts(config, width, dtype=dtype, out_scale=out_scale, rngs=rngs)
         if config.shared_hidden:
-            self.shared = MLP(width, config.shared_hidden, config.activation, dtype, rngs=rngs)
+            self.shared = MLP(
+                width,
+                config.shared_hidden,
+                config.activation,
+                dtype,
+                out_scale=out_scale,
+                rngs=rngs,
+            )
 
     def __call__(
         self,

@@ -1,10 +1,13 @@
 """Benchmarks: `python -m train.bench NAME [--json=FILE] [--repeats=N] [...]`.
 
 `grouped` times an expert MLP (sort by expert, gather, two grouped products around a GELU, combine)
-with each backend of the grouped product, against one dense MLP over the same T*K rows. Runs are
-interleaved: each round runs every kernel once, and a ratio is the median over rounds of a kernel's
-time over the dense time of the same round, so that a load on the machine that comes and goes
-falls on both.
+with each backend of the grouped product, against one dense MLP over the same T*K rows, and against
+`batched`: a batched product over equal groups that are in place already. That one moves and pads
+nothing, and so shows what E matrices cost whatever the method.
+
+Runs are interleaved: each round runs every kernel once, and a ratio is the median over rounds of a
+kernel's time over the dense time of the same round, so that a load on the machine that comes and
+goes falls on both.
 """
 
 import statistics
@@ -71,8 +74,8 @@ def main(argv: Sequence[str]) -> int:
     except (flags.Error, ValueError, FileNotFoundError) as error:
         print(f"train.bench: {error}", file=sys.stderr)
         return 2
-    print_table(f"{' '.join(names)}: T={FLAGS.tokens} D={FLAGS.width} F={FLAGS.hidden} "
-                f"K={FLAGS.chosen} {FLAGS.dtype}", rows)
+    shape = f"T={FLAGS.tokens} D={FLAGS.width} F={FLAGS.hidden} K={FLAGS.chosen} {FLAGS.dtype}"
+    print_table(f"{' '.join(names)}: {shape}", [_shown(row) for row in rows])
     if FLAGS.json:
         write_json(FLAGS.json, rows)
     return 0
@@ -106,7 +109,7 @@ def grouped() -> list[Row]:
         ValueError: K is above E.
     """
     numbers = _numbers(FLAGS.experts)
-    low = [E for E in numbers if E < FLAGS.chosen]
+    low = [E for E in numbers if FLAGS.chosen > E]
     if low:
         raise ValueError(
             f"--chosen={FLAGS.chosen} experts a token needs at least as many in --experts; "
@@ -124,30 +127,44 @@ def _numbers(texts: Sequence[str]) -> list[int]:
 def _grouped_rows(load: str, E: int) -> list[Row]:
     T, D, F, K = FLAGS.tokens, FLAGS.width, FLAGS.hidden, FLAGS.chosen
     operands = _operands(T, D, F, K, E, load)
-    on_cpu = jax.default_backend() == "cpu"
-    repeats = {"dense": FLAGS.repeats, "ragged_dot": FLAGS.repeats}
-    if on_cpu:
-        ragged = min(FLAGS.ragged_repeats, FLAGS.repeats)
-        repeats = {"dense": FLAGS.repeats, "cpu": FLAGS.repeats, "ragged_dot": ragged}
-    repeats = {kernel: count for kernel, count in repeats.items() if count}
-
-    programs: dict[tuple[str, str], Step] = {}
+    rounds = _rounds()
+    calls: dict[tuple[str, str], Step] = {}
     seconds: dict[str, float] = {}
-    for kernel in repeats:
+    for kernel in rounds:
+        arrays = operands.get(kernel, operands["experts"])
         start = time.perf_counter()
         for part, program in _programs(kernel).items():
-            compiled = jax.jit(program).lower(*operands[kernel == "dense"]).compile()
-            programs[kernel, part] = partial(compiled, *operands[kernel == "dense"])
+            calls[kernel, part] = partial(jax.jit(program).lower(*arrays).compile(), *arrays)
         seconds[kernel] = time.perf_counter() - start
-    times = interleave(programs, {key: repeats[key[0]] for key in programs})
+    times = interleave(calls, {key: rounds[key[0]] for key in calls})
 
     rows = []
-    for kernel, count in repeats.items():
+    for kernel, count in rounds.items():
         row: Row = {"load": load, "E": E, "kernel": kernel, "rounds": count}
         for part in ("forward", "step"):
             row |= _summary(part, times[kernel, part], times["dense", part])
         rows.append(row | {"compile_s": seconds[kernel]})
     return rows
+
+
+def _rounds() -> dict[str, int]:
+    """How many rounds each kernel is timed for: our CPU kernel only where it is meant to run."""
+    rounds = {"dense": FLAGS.repeats, "batched": FLAGS.repeats}
+    if jax.default_backend() != "cpu":
+        return rounds | {"ragged_dot": FLAGS.repeats}
+    rounds["cpu"] = FLAGS.repeats
+    ragged = min(FLAGS.ragged_repeats, FLAGS.repeats)
+    return rounds | ({"ragged_dot": ragged} if ragged else {})
+
+
+def _shown(row: Row) -> Row:
+    """A row as printed: milliseconds as median (least-most)."""
+    shown = {key: row[key] for key in ("load", "E", "kernel", "rounds")}
+    for part in ("forward", "step"):
+        middle, least, most = (row[f"{part}_ms{end}"] for end in ("", "_min", "_max"))
+        shown[f"{part} ms"] = f"{middle:.0f} ({least:.0f}-{most:.0f})"
+        shown[f"{part} ratio"] = f"{row[f'{part}_ratio']:.2f}"
+    return shown | {"compile s": f"{row['compile_s']:.1f}"}
 
 
 def _summary(part: str, times: list[float], dense: list[float]) -> Row:
@@ -183,8 +200,10 @@ def interleave(programs: dict[Any, Step], rounds: dict[Any, int]) -> dict[Any, l
     return times
 
 
-def _operands(T: int, D: int, F: int, K: int, E: int, load: str) -> tuple[tuple, tuple]:
-    """Operands of the expert MLP and of the dense one, which takes K times the tokens."""
+def _operands(
+    T: int, D: int, F: int, K: int, E: int, load: str
+) -> dict[str, tuple[jax.Array, ...]]:
+    """Arrays for the kernels: K times the tokens for those that do not route."""
     random = np.random.default_rng(0)
     dtype = jnp.dtype(FLAGS.dtype)
 
@@ -195,16 +214,18 @@ def _operands(T: int, D: int, F: int, K: int, E: int, load: str) -> tuple[tuple,
     # The K largest of log(share) + Gumbel noise: K different experts drawn by their shares.
     scores = np.log(share) + random.gumbel(size=(T, E))
     indices = jnp.asarray(np.argsort(-scores, axis=1)[:, :K], jnp.int32)
-    gates = jnp.full((T, K), 1 / K, dtype)
-    experts = (normal(T, D), gates, normal(E, D, F), normal(E, F, D), indices)
-    return experts, (normal(T * K, D), normal(D, F), normal(F, D))
+    matrices = normal(E, D, F), normal(E, F, D)
+    return {
+        "experts": (normal(T, D), jnp.full((T, K), 1 / K, dtype), *matrices, indices),
+        "batched": (normal(E, -(-T * K // E), D), *matrices),
+        "dense": (normal(T * K, D), normal(D, F), normal(F, D)),
+    }
 
 
 def _programs(kernel: str) -> dict[str, Step]:
-    if kernel == "dense":
-        forward, arguments = _dense_mlp, (0, 1, 2)
-    else:
-        forward, arguments = partial(_expert_mlp, kernel), (0, 1, 2, 3)
+    plain = {"dense": _dense_mlp, "batched": _dense_mlp}
+    forward = plain.get(kernel) or partial(_expert_mlp, kernel)
+    arguments = (0, 1, 2) if kernel in plain else (0, 1, 2, 3)
 
     def loss(*operands: jax.Array) -> jax.Array:
         return jnp.sum(jnp.square(forward(*operands)), dtype=jnp.float32)
@@ -213,6 +234,7 @@ def _programs(kernel: str) -> dict[str, Step]:
 
 
 def _dense_mlp(rows: jax.Array, w_in: jax.Array, w_out: jax.Array) -> jax.Array:
+    """[M,D] by [D,F] and [F,D], or the same with a leading E everywhere."""
     return jax.nn.gelu(rows @ w_in) @ w_out
 
 
@@ -226,8 +248,8 @@ def _expert_mlp(
 ) -> jax.Array:
     T, K = indices.shape
     order, _, sizes = sort_by_expert(indices.reshape(T * K), w_in.shape[0])
-    places = jnp.zeros_like(order).at[order].set(
-        jnp.arange(T * K, dtype=jnp.int32), unique_indices=True
+    places = (
+        jnp.zeros_like(order).at[order].set(jnp.arange(T * K, dtype=jnp.int32), unique_indices=True)
     )
     places, sources = places.reshape(T, K), order // K
     hidden = grouped_matmul(spread_rows(tokens, sources, places), w_in, sizes, backend=kernel)

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import logging
+import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from absl import app, flags
+from absl import logging as absl_logging
 
 from emoe_jax.checkpoint import CheckpointError
+from train import tables
 from train.config import flat_keys, unknown_key
 
 
 def run(main: Callable[[list[str]], Any]) -> None:
     """Parses flags and runs a program.
 
-    Errors that say what to do (impossible values, missing files, damaged checkpoints) are printed
-    without a stack trace and end the program with code 2; `--trace` shows the trace.
+    Errors that say what to do (impossible values, missing or unwritable files, damaged checkpoints)
+    are printed without a stack trace and end the program with code 2; `--trace` shows the trace.
     """
     _log_to_stderr()
     flags.DEFINE_bool("trace", False, "Show stack traces of errors in the input.")
 
     def guarded(argv: list[str]) -> None:
+        # absl has just set its own level to INFO, at which orbax tells of every file it writes.
+        if flags.FLAGS["verbosity"].using_default_value:
+            absl_logging.set_verbosity(absl_logging.WARNING)
         try:
+            _check_json_path()
             main(argv)
-        except (ValueError, FileNotFoundError, ModuleNotFoundError, CheckpointError) as error:
+        except (ValueError, OSError, ModuleNotFoundError, CheckpointError) as error:
             if flags.FLAGS.trace:
                 raise
             refuse(str(error))
@@ -34,14 +41,13 @@ def run(main: Callable[[list[str]], Any]) -> None:
 
 
 def _log_to_stderr() -> None:
-    """Shows what the programs log from level INFO on; libraries stay at absl's level, WARNING."""
+    """Shows what the programs log from level INFO on."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("train")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    logging.getLogger("absl").setLevel(logging.WARNING)
 
 
 def refuse(message: str) -> NoReturn:
@@ -50,22 +56,47 @@ def refuse(message: str) -> NoReturn:
     sys.exit(2)
 
 
+def _check_json_path() -> None:
+    """Refuses a --json that cannot be written before the time is spent that its content takes."""
+    if "json" in flags.FLAGS and flags.FLAGS.json:
+        tables.check_json_path(flags.FLAGS.json)
+
+
 def _parse(argv: Sequence[str]) -> list[str]:
     try:
+        _check_config(argv)
         return flags.FLAGS(argv)
-    except (AttributeError, KeyError) as error:
-        # ml_collections raises these, deep inside, for overrides of keys that do not exist.
-        refuse(_unknown_override(argv, error))
-    except flags.Error as error:
+    except (flags.Error, ValueError) as error:
         refuse(str(error))
 
 
-def _unknown_override(argv: Sequence[str], error: Exception) -> str:
-    """Names the first override whose key does not exist, and the nearest key that does."""
-    tree = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
-    if tree is None:
-        return str(error)
-    known = flat_keys(tree)
-    given = [a[len("--config.") :].split("=")[0] for a in argv if a.startswith("--config.")]
-    wrong = [name for name in given if name not in known]
-    return unknown_key(wrong[0], known) if wrong else str(error)
+def _check_config(argv: Sequence[str]) -> None:
+    """Refuses a config file that is not there and overrides of keys that it does not have.
+
+    ml_collections would tell of both late, in words of its inner workings.
+
+    Raises:
+        ValueError: says which file or key, and what there is instead.
+    """
+    path = _value(argv, "config")
+    if path is None or "config" not in flags.FLAGS:
+        return
+    file = pathlib.Path(path.partition(":")[0])  # what follows a colon is get_config's argument
+    if not file.is_file():
+        there = ", ".join(sorted(str(other) for other in file.parent.glob("[!_]*.py")))
+        raise ValueError(f"--config={path}: there is no such file; there are: {there or 'none'}")
+    known = flat_keys(flags.FLAGS["config"].parser.parse(path))
+    given = [arg[len("--config.") :].split("=")[0] for arg in argv if arg.startswith("--config.")]
+    for name in given:
+        if not any(key == name or key.startswith(f"{name}.") for key in known):
+            raise ValueError(unknown_key(name, known))
+
+
+def _value(argv: Sequence[str], name: str) -> str | None:
+    """What the command line gives for a flag, written --name=value or --name value."""
+    for arg, following in zip(argv, [*argv[1:], None], strict=True):
+        if arg.startswith(f"--{name}="):
+            return arg.partition("=")[2]
+        if arg == f"--{name}":
+            return following
+    return None

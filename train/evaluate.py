@@ -9,22 +9,35 @@ from __future__ import annotations
 import math
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from absl import flags
 
 from emoe_jax.models.stack import layer_names
+from emoe_jax.sharding import replicated
 from train import cli, tables
 from train.data.text import TextData
 from train.run import Run, load_trained
 from train.step import layer_metrics
 
 Tree = Any
-Evaluate = Callable[[Tree, Tree, Tree, jax.Array], Tree]
 Scalars = dict[str, float]
 Rows = list[dict[str, Any]]
+
+
+class Evaluator(NamedTuple):
+    """The functions of an evaluation, compiled ahead of time.
+
+    Attributes:
+        step: (params, router, batch, key) to sums over the batch, see `step.Steps`.
+        metrics: (what the expert layers tell, summed over all batches; the number of batches) to
+            routing metrics, see `step.layer_metrics`.
+    """
+
+    step: Callable[[Tree, Tree, Tree, jax.Array], Tree]
+    metrics: Callable[[Tree, np.ndarray], Tree]
 
 
 def heldout(run: Run) -> Iterator[dict[str, np.ndarray]]:
@@ -34,32 +47,35 @@ def heldout(run: Run) -> Iterator[dict[str, np.ndarray]]:
     )
 
 
-def compile_evaluate(run: Run) -> Evaluate:
-    """The evaluation step, compiled ahead of time for the shapes of the held-out batches."""
+def compile_evaluate(run: Run) -> Evaluator:
+    """The evaluation, compiled for the shapes of the held-out batches."""
     batch = run.abstract_batch(next(heldout(run)))
-    state = run.abstract
-    key = jax.eval_shape(run.key)
-    step = jax.jit(run.steps.evaluate)
-    return step.lower(state["params"], state["router"], batch, key).compile()
+    inputs = run.abstract["params"], run.abstract["router"], batch, jax.eval_shape(run.key)
+    step = jax.jit(run.steps.evaluate, out_shardings=replicated(run.mesh)).lower(*inputs)
+    sums = jax.eval_shape(run.steps.evaluate, *inputs)
+    metrics = jax.jit(layer_metrics).lower(sums["aux"], jax.ShapeDtypeStruct((), np.float32))
+    return Evaluator(step.compile(), metrics.compile())
 
 
-def evaluate(run: Run, step: Evaluate, state: Tree) -> tuple[Scalars, Rows]:
+def evaluate(run: Run, evaluator: Evaluator, state: Tree) -> tuple[Scalars, Rows]:
     """Scores all held-out data.
 
     Args:
         run: the run.
-        step: from `compile_evaluate`.
+        evaluator: from `compile_evaluate`.
         state: holds `params` and `router`.
 
     Returns:
         Scalars by slash names: `eval/loss` (nats per target or image), `eval/bits_per_byte` or
         `eval/accuracy`, and those of routing; and the routing table, one row an expert layer.
     """
+    key = run.key()
     total: Any = None
     batches = 0
     for batch in heldout(run):
-        part = step(state["params"], state["router"], run.to_devices(batch), run.key())
-        part = jax.device_get(part)
+        part = evaluator.step(state["params"], state["router"], run.to_devices(batch), key)
+        # float64: a float32 sum over many batches would lose digits of the result.
+        part = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), jax.device_get(part))
         total = part if total is None else jax.tree.map(np.add, total, part)
         batches += 1
     sums = {name: float(value) for name, value in total["sums"].items()}
@@ -68,7 +84,8 @@ def evaluate(run: Run, step: Evaluate, state: Tree) -> tuple[Scalars, Rows]:
         scalars["eval/bits_per_byte"] = sums["loss"] / math.log(2) / run.data.heldout_bytes
     else:
         scalars["eval/accuracy"] = sums["correct"] / sums["count"]
-    rows = routing_rows(run, jax.device_get(layer_metrics(total["aux"], batches)))
+    aux = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), total["aux"])
+    rows = routing_rows(run, jax.device_get(evaluator.metrics(aux, np.float32(batches))))
     for row in rows:
         named = {k: v for k, v in row.items() if k not in ("layer", "load")}
         scalars |= {f"eval/router/{row['layer']}/{k}": float(v) for k, v in named.items()}

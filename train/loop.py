@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import pathlib
 import time
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from ml_collections import config_dict
 
 from emoe_jax.checkpoint import Checkpoints
-from emoe_jax.optim import schedule
+from emoe_jax.config import require
 from train import sample
-from train.config import changed_keys, digest, freeze, to_json
-from train.data.text import TextData
+from train.config import ExperimentConfig, changed_keys, digest, freeze, to_json
 from train.evaluate import (
-    Evaluate,
+    Evaluator,
     Rows,
     Scalars,
     compile_evaluate,
@@ -33,6 +34,9 @@ from train.run import CONFIG_FILE, Run, build, open_checkpoints
 Tree = Any
 
 LOGGER = logging.getLogger(__name__)
+
+PROFILE = "profile"
+"""Folder of the trace in the run's folder."""
 
 PROFILE_AFTER = 10
 """Steps before the profile begins, so that it shows the steady state."""
@@ -56,6 +60,8 @@ def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[Scalars,
     workdir.mkdir(parents=True, exist_ok=True)
     run = build(config, workdir)
     config = run.config
+    # The prompt is continued at the end; whether it can be is known now.
+    prompt = sample.prompt_ids(run, config.prompt, tokens=1) if config.prompt else []
     parameters = sum(leaf.size for leaf in jax.tree.leaves(run.abstract["params"]))
     LOGGER.info(
         "%s parameters, %s active per token; mesh %s of %s",
@@ -73,114 +79,141 @@ def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[Scalars,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        start = checkpoints.latest_step()
-        if start is None:
-            state, start, resumed = run.init(), 0, None
+        resumed = checkpoints.latest_step()
+        if resumed is None:
+            state = run.init()
         else:
-            restored = checkpoints.restore(start, run.abstract)
-            state, resumed = restored.train_state, start
+            _check_steps(config.steps, resumed, workdir)
+            restored = checkpoints.restore(resumed, run.abstract)
+            state = restored.train_state
             assert restored.data_state is not None
             batches.set_state(json.loads(restored.data_state))
-            LOGGER.info("resuming %s from step %d", workdir, start)
+            LOGGER.info("resuming %s from step %d", workdir, resumed)
         _write_config(tree, workdir)
 
-        # ------------------------------------------------------------ steps, compiled once
-        position = batches.get_state()
-        began = time.perf_counter()
-        compiled = _compile_train(run, next(batches))
-        batches.set_state(position)
-        evaluator = compile_evaluate(run)
-        LOGGER.info("compiled training and evaluation in %.1f s", time.perf_counter() - began)
-
-        # ------------------------------------------------------------ training
-        with RunLog(
-            workdir,
-            total_steps=config.steps,
-            unit=run.unit,
-            resume_step=resumed,
-            enabled=jax.process_index() == 0,
-        ) as log:
-            state, result = _steps(
-                run, state, start, batches, compiled, evaluator, checkpoints, log
+        # ------------------------------------------------------------ training, unless it is done
+        evaluator, result = compile_evaluate(run), None
+        if resumed != config.steps:
+            position = batches.get_state()
+            compiled = _compile_train(run, next(batches))
+            batches.set_state(position)
+            log = RunLog(
+                workdir,
+                total_steps=config.steps,
+                unit=run.unit,
+                resume_step=resumed,
+                enabled=jax.process_index() == 0,
             )
+            with log, _Compilations() as compilations:
+                parts = _Parts(run, batches, compiled, evaluator, checkpoints, log, compilations)
+                state, result = _steps(parts, state, resumed or 0)
+        batches.close()
     scalars, rows = result or evaluate(run, evaluator, state)
 
     # ---------------------------------------------------------------- result
     print_evaluation(run, scalars, rows, config.steps)
-    if isinstance(run.data, TextData) and config.prompt:
-        room = run.data.config.sequence_length - 1 - len(run.data.tokenizer.encode(config.prompt))
+    if config.prompt:
+        room = run.units_per_step // config.batch - len(prompt)
         text = sample.continue_text(run, state, config.prompt, tokens=min(200, room))
         print(f"\nA continuation of {config.prompt!r}:\n{config.prompt}{text}\n")
     print(f"run folder: {workdir}")
     return scalars, rows
 
 
-def _steps(
-    run: Run,
-    state: Tree,
-    start: int,
-    batches: Any,
-    compiled: Any,
-    evaluator: Evaluate,
-    checkpoints: Checkpoints,
-    log: RunLog,
-) -> tuple[Tree, Any]:
-    """Runs the optimizer steps after `start`; the result of an evaluation at the last one."""
-    config, key = run.config, run.key()
-    meter = _Meter(run, start)
-    compilations = _Compilations()
-    result = None
-    for step in range(start + 1, config.steps + 1):
-        if config.profile and step == start + 1 + PROFILE_AFTER:
-            jax.profiler.start_trace(str(checkpoints.directory.parent / "profile"))
-        with jax.profiler.StepTraceAnnotation("train", step_num=step):
-            state, metrics = compiled(state, run.to_devices(next(batches)), key)
-        if config.profile and step == start + PROFILE_AFTER + config.profile:
-            jax.block_until_ready(state)
-            jax.profiler.stop_trace()
-        if step == start + 1:
-            jax.block_until_ready(state)
-            compilations.begin()
-        last = step == config.steps
-        if step % config.log_every == 0 or last or step == start + 1:
-            meter.log(step, jax.device_get(metrics), log)
-        measured: dict[str, float] = {}
-        if step % config.eval_every == 0 or last:
-            result = evaluate(run, evaluator, state)
-            measured = result[0]
-            log.write(step, measured)
-            meter.skip()
-        checkpoints.save(
-            step,
-            state,
-            data_state=json.dumps(batches.get_state()).encode(),
-            meta={"task": config.task, "seed": config.seed, "batch": config.batch},
-            metrics=measured,
-            force=last,
-        )
-    checkpoints.wait()
-    LOGGER.info(
-        "the training step is one executable, compiled before step %d; other compilations after"
-        " it: %d (checkpoint digests)",
-        start + 1,
-        compilations.count,
+def _check_steps(steps: int, saved: int, workdir: pathlib.Path) -> None:
+    """Refuses to train to a step that lies before the newest checkpoint."""
+    require(
+        steps >= saved,
+        f"steps={steps}, but {workdir} is at step {saved} already; set steps to {saved} or more, or"
+        " use another --workdir",
     )
-    return state, result
 
 
 class _Compilations:
-    """Counts compilations of this process from `begin` on."""
+    """Counts the compilations of this process; a context manager."""
 
     def __init__(self) -> None:
         self.count = 0
 
-    def begin(self) -> None:
+    def __enter__(self) -> _Compilations:
         """Starts to count."""
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Stops."""
+        jax.monitoring.unregister_event_duration_listener(self._on_event)
 
     def _on_event(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             self.count += 1
+
+
+class _Parts(NamedTuple):
+    """What the training steps work with."""
+
+    run: Run
+    batches: Any
+    compiled: Any
+    evaluator: Evaluator
+    checkpoints: Checkpoints
+    log: RunLog
+    compilations: _Compilations
+
+
+def _steps(parts: _Parts, state: Tree, start: int) -> tuple[Tree, Any]:
+    """Runs the optimizer steps after `start`; the result of the evaluation at the last one."""
+    run, log, checkpoints = parts.run, parts.log, parts.checkpoints
+    config, key = run.config, run.key()
+    profiled = _profiled(config, start)
+    meter = _Meter(run, start)
+    after_first = in_saves = 0
+    result = None
+    for step in range(start + 1, config.steps + 1):
+        if profiled and step == profiled[0]:
+            jax.profiler.start_trace(str(checkpoints.directory.parent / PROFILE))
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            state, metrics = parts.compiled(state, run.to_devices(next(parts.batches)), key)
+        if profiled and step == profiled[-1]:
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+        last = step == config.steps
+        if step % config.log_every == 0 or last or step == start + 1:
+            meter.log(step, jax.device_get(metrics), log)
+        if step == start + 1:
+            after_first = parts.compilations.count
+        measured: dict[str, float] = {}
+        if step % config.eval_every == 0 or last:
+            jax.block_until_ready(state)
+            with meter.left_out():
+                result = evaluate(run, parts.evaluator, state)
+            measured = result[0]
+            log.write(step, measured)
+        before = parts.compilations.count
+        checkpoints.save(
+            step,
+            state,
+            data_state=json.dumps(parts.batches.get_state()).encode(),
+            meta={"task": config.task, "seed": config.seed, "batch": config.batch},
+            metrics=measured,
+            force=last,
+        )
+        in_saves += parts.compilations.count - before
+    checkpoints.wait()
+    LOGGER.info(
+        "the training step is one executable, compiled before step %d; compilations after that"
+        " step: %d for the digests of checkpoints, %d others",
+        start + 1,
+        in_saves,
+        parts.compilations.count - after_first - in_saves,
+    )
+    return state, result
+
+
+def _profiled(config: ExperimentConfig, start: int) -> range:
+    """The steps to profile: `PROFILE_AFTER` steps on, earlier where fewer steps are left."""
+    first = min(start + 1 + PROFILE_AFTER, config.steps + 1 - config.profile)
+    return range(max(first, start + 1), min(first + config.profile, config.steps + 1))
 
 
 class _Meter:
@@ -188,16 +221,18 @@ class _Meter:
 
     def __init__(self, run: Run, step: int) -> None:
         self.run = run
-        self.rate_of = schedule(run.config.optim, run.config.steps)
         length = run.units_per_step // run.config.batch if run.unit == "tokens" else _tokens(run)
         self.flops = flops_per_unit(run.config.model, run.abstract["params"], length)
         peak = peak_flops(jax.devices()[0].device_kind)
         self.peak = None if peak is None else peak * jax.device_count()
         self.step, self.time = step, time.perf_counter()
 
-    def skip(self) -> None:
-        """Leaves the time since the last call out of the rate."""
-        self.time = time.perf_counter()
+    @contextlib.contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Leaves what happens inside out of the rate."""
+        began = time.perf_counter()
+        yield
+        self.time += time.perf_counter() - began
 
     def log(self, step: int, metrics: Tree, log: RunLog) -> None:
         """Writes scalars, histograms and progress of a step."""
@@ -210,7 +245,7 @@ class _Meter:
             "train/loss": metrics["loss"],
             "train/penalty": metrics["penalty"],
             "train/grad_norm": metrics["grad_norm"],
-            "train/learning_rate": self.rate_of(step - 1),
+            "train/learning_rate": metrics["learning_rate"],
             f"train/{self.run.unit}_per_second": rate,
         }
         if "accuracy" in metrics:
@@ -235,9 +270,7 @@ def _compile_train(run: Run, example: dict[str, np.ndarray]) -> Any:
     """The training step, compiled ahead of time: it cannot be compiled again by accident."""
     places = jax.tree.map(lambda leaf: leaf.sharding, run.abstract)
     step = jax.jit(run.steps.train, donate_argnums=0, out_shardings=(places, None))
-    return step.lower(
-        run.abstract, run.abstract_batch(example), jax.eval_shape(run.key)
-    ).compile()
+    return step.lower(run.abstract, run.abstract_batch(example), jax.eval_shape(run.key)).compile()
 
 
 def _write_config(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> None:

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from emoe_jax import pure, sharding
 from emoe_jax.checkpoint import Checkpoints
-from emoe_jax.config import LMConfig, ViTConfig
+from emoe_jax.config import LMConfig, ViTConfig, require
 from emoe_jax.models import EMoELM, EMoEViT
 from emoe_jax.optim import make_optimizer
 from train.config import ExperimentConfig, freeze, with_vocab
@@ -99,10 +99,28 @@ class Run:
         }
 
     def with_rows(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The batch and `rows` [B], the position of each row in the global batch."""
+        """The batch and `rows` [B], the position of each row in the global batch.
+
+        Raises:
+            ValueError: an id that the model's vocabulary does not have, which an accelerator would
+                silently take for another.
+        """
+        if isinstance(self.config.model, LMConfig):
+            _check_ids(batch, self.config.model.vocab_size)
         count = next(iter(batch.values())).shape[0]
         start = jax.process_index() * count
         return dict(batch) | {"rows": np.arange(start, start + count, dtype=np.int32)}
+
+
+def _check_ids(batch: Mapping[str, np.ndarray], vocab_size: int) -> None:
+    """Refuses ids outside [0, vocab_size)."""
+    for name in ("tokens", "targets"):
+        for outside in (int(batch[name].min()), int(batch[name].max())):
+            require(
+                0 <= outside < vocab_size,
+                f"{name} hold id {outside}, but the model's vocabulary has {vocab_size} ids, 0 to"
+                f" {vocab_size - 1}; give a data.tokenizer whose ids have no gaps",
+            )
 
 
 def build(config: ExperimentConfig, workdir: pathlib.Path) -> Run:
@@ -118,6 +136,8 @@ def build(config: ExperimentConfig, workdir: pathlib.Path) -> Run:
     """
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(mesh, config.batch, config.accumulate)
+    # What only the model's parts can judge (the router's name and options) before data are read.
+    pure.abstract_split(model_maker(config.model, config.seed))
     data: TextData | VisionData
     if isinstance(config.data, TextConfig):
         data = load_text(config.data, tokenizer_path=workdir / TOKENIZER_FILE)

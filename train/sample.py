@@ -92,26 +92,13 @@ def continue_text(
     drop a single token at random.
 
     Raises:
-        ValueError: not a language model, or the prompt and its continuation are longer than the
-            rows that the model was trained on, or another value out of range.
+        ValueError: as `prompt_ids`, or the temperature or top_k is out of range.
     """
-    config, data = run.config.model, run.data
-    if not isinstance(config, LMConfig) or not isinstance(data, TextData):
-        raise ValueError("only language models continue texts; this run trains on images")
-    require(
-        router_class(config.moe.router).CAUSAL,
-        f"router={config.moe.router!r} routes by later tokens, so this model cannot generate",
-    )
-    require(tokens >= 1, f"tokens={tokens} must be at least 1")
+    ids = prompt_ids(run, prompt, tokens)
+    config, tokenizer = run.config.model, run.data.tokenizer  # type: ignore[union-attr]
+    N = config.vocab_size  # type: ignore[union-attr]
     require(temperature >= 0, f"temperature={temperature} is below zero")
-    N, S = config.vocab_size, data.config.sequence_length
     require(0 <= top_k <= N, f"top_k={top_k} must lie between 0 and the vocabulary's {N}")
-    ids = [data.tokenizer.bos_id, *data.tokenizer.encode(prompt)]
-    require(
-        len(ids) + tokens <= S,
-        f"the prompt's {len(ids)} tokens and tokens={tokens} are more than the {S} positions that"
-        f" the model was trained on; shorten the prompt or set tokens to {max(S - len(ids), 0)}",
-    )
     free = dataclasses.replace(config, moe=dataclasses.replace(config.moe, dispatch="dropless"))
     model, _, _ = pure.abstract_split(model_maker(free, run.config.seed))
     prepared = prepare_bases(state["params"], config.moe.basis.method)
@@ -124,8 +111,35 @@ def continue_text(
 
     inputs = {"params": prepared, "router": state["router"]}
     drawn = draw(inputs, jnp.asarray(ids, jnp.int32), jax.random.key(seed)).tolist()
-    end = data.tokenizer.eos_id
-    return data.tokenizer.decode(drawn[: drawn.index(end)] if end in drawn else drawn)
+    end = tokenizer.eos_id
+    return tokenizer.decode(drawn[: drawn.index(end)] if end in drawn else drawn)
+
+
+def prompt_ids(run: Run, prompt: str, tokens: int) -> list[int]:
+    """The ids of a prompt, the beginning of the document first, if it can be continued.
+
+    Raises:
+        ValueError: not a language model, one that cannot generate, or the prompt and its
+            continuation are longer than the rows that the model was trained on.
+    """
+    config, data = run.config.model, run.data
+    if not isinstance(config, LMConfig) or not isinstance(data, TextData):
+        raise ValueError("only language models continue texts; this run trains on images")
+    require(
+        router_class(config.moe.router).CAUSAL,
+        f"router={config.moe.router!r} routes by later tokens, so this model cannot continue the"
+        f" prompt {prompt!r}; leave the prompt empty",
+    )
+    require(tokens >= 1, f"tokens={tokens} must be at least 1")
+    S = data.config.sequence_length
+    ids = [data.tokenizer.bos_id, *data.tokenizer.encode(prompt).tolist()]
+    require(
+        len(ids) + tokens <= S,
+        f"the prompt's {len(ids)} tokens and tokens={tokens} are more than the {S} positions that"
+        " the model was trained on; shorten the prompt"
+        + (f", or set tokens to {S - len(ids)} or less" if len(ids) < S else ""),
+    )
+    return ids
 
 
 def main(argv: list[str]) -> None:

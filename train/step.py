@@ -19,7 +19,7 @@ from emoe_jax.losses import cross_entropy
 from emoe_jax.metrics import routing_metrics
 from emoe_jax.models.stack import update_router_state
 from emoe_jax.moe import Aux
-from emoe_jax.optim import global_norm
+from emoe_jax.optim import global_norm, schedule
 from emoe_jax.pure import Pure
 from train.config import ExperimentConfig
 
@@ -54,6 +54,7 @@ def make_steps(
     """
     forward = _forward_lm if config.task == "lm" else _forward_vit
     method = config.model.moe.basis.method
+    learning_rate = schedule(config.optim, config.steps)
 
     def objective(
         params: Tree, router: Tree, batch: Batch, key: Array, total: Array
@@ -89,6 +90,7 @@ def make_steps(
             "loss": sums["loss"] / total,
             "penalty": sums["penalty"],
             "grad_norm": global_norm(grads),
+            "learning_rate": learning_rate(state["step"]),
             "router": layer_metrics(aux, config.accumulate),
         }
         if "correct" in sums:
@@ -172,7 +174,7 @@ def _accumulate(
     return jax.lax.scan(add, zeros, batches)[0]
 
 
-def layer_metrics(aux: dict[str, Aux], parts: int = 1) -> dict[str, dict[str, Array]]:
+def layer_metrics(aux: dict[str, Aux], parts: int | Array) -> dict[str, dict[str, Array]]:
     """Routing metrics by place in the period, each with a leading axis over the repeats.
 
     Args:
@@ -180,7 +182,6 @@ def layer_metrics(aux: dict[str, Aux], parts: int = 1) -> dict[str, dict[str, Ar
         parts: how many; metrics that do not add up are averaged over them.
     """
     return {
-        place: routing_metrics(layer.stats)
-        | jax.tree.map(lambda leaf: leaf / parts, layer.metrics)
+        place: routing_metrics(layer.stats) | jax.tree.map(lambda leaf: leaf / parts, layer.metrics)
         for place, layer in aux.items()
     }

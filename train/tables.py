@@ -84,7 +84,9 @@ def print_table(title: str, rows: Sequence[Row], console: Console | None = None)
         table.add_column(column, justify="right" if numbers else "left")
     for row in rows:
         table.add_row(*[_cell(row.get(column)) for column in columns])
-    (console or Console()).print(table)
+    # A pipe or a log file has no width: rich would cut the columns to 80 characters.
+    console = console or Console(width=None if sys.stdout.isatty() else 200)
+    console.print(table)
 
 
 def _cell(value: Any) -> str:

@@ -17,7 +17,9 @@ Array = jax.Array
 
 def slots(tokens: int, top_k: int, experts: int, factor: float) -> int:
     """C = ceil(c T K / E) slots of one expert, at most T."""
-    return min(tokens, max(1, math.ceil(factor * tokens * top_k / experts)))
+    # Rounded first: 1.1 * 100 / 10 is a little more than 11 in floating point.
+    exact = round(factor * tokens * top_k / experts, 6)
+    return min(tokens, max(1, math.ceil(exact)))
 
 
 def dispatch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -18,8 +19,8 @@ from emoe_jax.routers import router_class
 Array = jax.Array
 Tree = Any
 
-EMBEDDING_STD = 0.02
-"""Deviation of the initial token embedding and output head (GPT-2's)."""
+HEAD_STD = 0.02
+"""Deviation of an initial output head that is not tied (GPT-2's)."""
 
 
 class EMoELM(nnx.Module):
@@ -52,14 +53,15 @@ class EMoELM(nnx.Module):
         )
         self.config = config
         shape = (config.vocab_size, config.width)
-        self.embedding = nnx.Param(
-            EMBEDDING_STD * jax.random.normal(rngs.params(), shape, jnp.float32)
-        )
+        # Tokens enter the blocks with unit variance. A tied embedding is scaled up on the way in,
+        # so that as a head it starts with logits of unit variance.
+        std = config.width**-0.5 if config.tie_head else 1.0
+        self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
         self.blocks = Stack(config, rngs=rngs)
         self.norm = RMSNorm(config.width)
         if not config.tie_head:
             self.head = nnx.Param(
-                EMBEDDING_STD * jax.random.normal(rngs.params(), shape, jnp.float32)
+                HEAD_STD * jax.random.normal(rngs.params(), shape, jnp.float32)
             )
 
     def __call__(self, tokens: Array, **context: Any) -> tuple[Array, dict[str, Aux]]:
@@ -150,7 +152,10 @@ class EMoELM(nnx.Module):
         return self.logits(self.norm(x)), cache
 
     def _embed(self, tokens: Array) -> Array:
-        return self.embedding[...][tokens].astype(self.config.dtype)
+        x = self.embedding[...][tokens]
+        if self.config.tie_head:
+            x = x * math.sqrt(self.config.width)
+        return x.astype(self.config.dtype)
 
     def _head(self) -> Array:
         return self.embedding[...] if self.config.tie_head else self.head[...]

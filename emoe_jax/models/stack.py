@@ -47,9 +47,18 @@ class Block(nnx.Module):
         self.norm_mlp = norm(D)
         if not experts or self.adapter:
             activation = "swiglu" if lm else "gelu"
-            self.mlp = MLP(D, config.mlp_hidden, activation, config.dtype, bias=not lm, rngs=rngs)
+            self.mlp = MLP(
+                D,
+                config.mlp_hidden,
+                activation,
+                config.dtype,
+                bias=not lm,
+                out_scale=residual_scale(config),
+                rngs=rngs,
+            )
         if experts:
-            self.moe = MoE(config.moe, D, dtype=config.dtype, rngs=rngs)
+            scale = residual_scale(config)
+            self.moe = MoE(config.moe, D, dtype=config.dtype, out_scale=scale, rngs=rngs)
         if self.adapter:
             self.alpha = nnx.Param(jnp.ones((), jnp.float32))
 
@@ -96,8 +105,17 @@ def _make_attention(config: LMConfig | ViTConfig, rngs: nnx.Rngs) -> Attention:
         bias=not lm,
         implementation=config.attention,
         dtype=config.dtype,
+        out_scale=residual_scale(config),
         rngs=rngs,
     )
+
+
+def residual_scale(config: LMConfig | ViTConfig) -> float:
+    """1/sqrt(2 L): factor of the initial matrices that write to the residual stream (GPT-2).
+
+    The 2 L branches of L blocks then add up to about unit variance.
+    """
+    return float((2 * config.depth) ** -0.5)
 
 
 class Stack(nnx.Module):

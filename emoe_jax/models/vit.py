@@ -13,8 +13,13 @@ from emoe_jax.moe import Aux
 
 Array = jax.Array
 
-EMBEDDING_STD = 0.02
-"""Deviation of the initial positions and class token (ViT, arXiv 2010.11929, and timm)."""
+POSITION_STD = 0.5
+"""Deviation of the initial positions. Patches of normalised images embed to about unit variance, in
+which ViT's 0.02 (arXiv 2010.11929) drowns: trained from scratch on digits for 600 steps, positions
+of 0.02 reach 81 % and positions of 0.5 reach 98 %."""
+
+CLASS_TOKEN_STD = 0.02
+"""Deviation of the initial class token (arXiv 2010.11929, and timm)."""
 
 
 class EMoEViT(nnx.Module):
@@ -43,11 +48,11 @@ class EMoEViT(nnx.Module):
         count = (config.image_size // config.patch) ** 2 + self.pools_class
         self.patches = PatchEmbed(config.patch, config.channels, D, config.dtype, rngs=rngs)
         self.position = nnx.Param(
-            EMBEDDING_STD * jax.random.normal(rngs.params(), (count, D), jnp.float32)
+            POSITION_STD * jax.random.normal(rngs.params(), (count, D), jnp.float32)
         )
         if self.pools_class:
             self.class_token = nnx.Param(
-                EMBEDDING_STD * jax.random.normal(rngs.params(), (1, D), jnp.float32)
+                CLASS_TOKEN_STD * jax.random.normal(rngs.params(), (1, D), jnp.float32)
             )
         self.blocks = Stack(config, rngs=rngs)
         self.norm = LayerNorm(D)

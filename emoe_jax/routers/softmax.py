@@ -26,13 +26,12 @@ from emoe_jax.routers.base import (
 
 Array = jax.Array
 
-INIT_STD = 0.02
-"""Standard deviation of a linear router's initial weights (GPT-2's, the habit of the field)."""
-
-
 def init_kernel(rngs: nnx.Rngs, width: int, experts: int) -> nnx.Param[Array]:
-    """Weights [D,E] of a linear router, float32 normal with deviation `INIT_STD`."""
-    return nnx.Param(INIT_STD * jax.random.normal(rngs.params(), (width, experts), jnp.float32))
+    """Weights [D,E] of a linear router: normal with deviation 1/sqrt(D).
+
+    The scores of normalised tokens start with unit variance, whatever the width.
+    """
+    return nnx.Param(jax.random.normal(rngs.params(), (width, experts), jnp.float32) * width**-0.5)
 
 
 class SoftmaxRouter(Router):

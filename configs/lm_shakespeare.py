@@ -1,0 +1,20 @@
+"""Language model of Shakespeare's plays: byte pairs, eight experts, top-1."""
+
+from ml_collections import ConfigDict
+
+from configs import lm_sotu
+from train.config import update
+
+
+def get_config() -> ConfigDict:
+    config = lm_sotu.get_config()
+    update(
+        config,
+        {
+            "data.sources": ("shakespeare",),
+            "prompt": "HAMLET",
+            "steps": 600,
+            "optim.warmup": 30,
+        },
+    )
+    return config

@@ -1,0 +1,28 @@
+"""The default language model: byte-pair State of the Union speeches, eight experts, top-1."""
+
+from ml_collections import ConfigDict
+
+from train.config import experiment
+
+
+def get_config() -> ConfigDict:
+    return experiment(
+        "lm",
+        steps=1000,
+        batch=8,
+        log_every=20,
+        eval_every=500,
+        prompt="My fellow Americans, ",
+        model={
+            "width": 192,
+            "depth": 4,
+            "heads": 4,
+            "kv_heads": 2,
+            "tie_head": False,
+            "loss_chunk": 1024,
+        },
+        moe={"experts": 8, "top_k": 1, "hidden": 384, "routing": {"bias_rate": 0.01}},
+        data={"sources": ("sotu",), "tokenizer": "bpe", "vocab_size": 2048},
+        optim={"learning_rate": 4e-3, "warmup": 50, "final": 0.05, "router_scale": 0.1},
+        checkpoint={"every": 250},
+    )

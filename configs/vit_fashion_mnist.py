@@ -1,0 +1,27 @@
+"""Vision Transformer with experts on Fashion-MNIST."""
+
+from ml_collections import ConfigDict
+
+from train.config import experiment
+
+
+def get_config() -> ConfigDict:
+    return experiment(
+        "vit",
+        steps=2000,
+        batch=128,
+        log_every=50,
+        eval_every=1000,
+        model={"patch": 4, "width": 96, "depth": 4, "heads": 4},
+        moe={"experts": 8, "top_k": 1, "hidden": 192, "activation": "gelu"},
+        data={
+            "source": "fashion_mnist",
+            "image_size": 28,
+            "channels": 1,
+            "classes": 10,
+            "crop_padding": 2,
+            "flip": True,
+        },
+        optim={"learning_rate": 2e-3, "warmup": 100, "final": 0.02},
+        checkpoint={"every": 500},
+    )

@@ -1,0 +1,115 @@
+"""Cross-entropies: the chunked one equals the plain one and never holds all logits."""
+
+import math
+import re
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from emoe_jax.losses import chunked_cross_entropy, cross_entropy
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+T, D, N = 7, 3, 11
+
+
+def draw(shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
+
+
+def inputs(dtype="float32"):
+    targets = jnp.asarray(np.random.default_rng(5).integers(0, N, T), jnp.int32)
+    weights = jnp.asarray([1.0, 0.5, 0.0, 2.0, 1.0, 0.25, 1.0])
+    return draw((T, D)).astype(dtype), draw((N, D), 1), targets, weights
+
+
+def plain(hidden, head, targets, weights):
+    logits = hidden.astype(jnp.float32) @ head.astype(hidden.dtype).astype(jnp.float32).T
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], axis=1)[:, 0]
+    return -jnp.sum(weights * chosen)
+
+
+def value_and_gradients(loss, *arguments):
+    return jax.jit(jax.value_and_grad(loss, (0, 1)))(*arguments)
+
+
+def test_uniform_logits_cost_the_log_of_the_classes():
+    targets, weights = jnp.zeros((2,), jnp.int32), jnp.array([1.0, 3.0])
+    loss = chunked_cross_entropy(jnp.zeros((2, D)), draw((N, D)), targets, weights, 1)
+    assert float(loss) == pytest.approx(4 * math.log(N), rel=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 16])
+def test_equals_the_plain_loss_with_gradients(chunk):
+    arguments = inputs()
+    chunked = value_and_gradients(lambda *a: 3.0 * chunked_cross_entropy(*a, chunk), *arguments)
+    expected = value_and_gradients(lambda *a: 3.0 * plain(*a), *arguments)
+    chex.assert_trees_all_close(chunked, expected, rtol=1e-5, atol=1e-5)
+    assert not np.any(chunked[1][0][2])
+    forward = jax.jit(chunked_cross_entropy, static_argnums=4)(*arguments, chunk)
+    assert float(forward) == pytest.approx(float(plain(*arguments)), rel=1e-5)
+
+
+def test_huge_logits_stay_finite():
+    hidden, head, targets, weights = inputs()
+    result = value_and_gradients(
+        lambda *a: chunked_cross_entropy(*a, 4), 1e3 * hidden, head, targets, weights
+    )
+    expected = value_and_gradients(plain, 1e3 * hidden, head, targets, weights)
+    chex.assert_trees_all_close(result, expected, rtol=1e-5, atol=1e-3)
+
+
+def test_bfloat16_hidden_states():
+    arguments = inputs("bfloat16")
+    chunked = value_and_gradients(lambda *a: chunked_cross_entropy(*a, 3), *arguments)
+    expected = value_and_gradients(plain, *arguments)
+    assert chunked[0].dtype == jnp.float32
+    assert chunked[1][0].dtype == jnp.bfloat16
+    assert chunked[1][1].dtype == jnp.float32
+    assert float(chunked[0]) == pytest.approx(float(expected[0]), rel=1e-5)
+    for ours, theirs in zip(chunked[1], expected[1], strict=True):
+        ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
+        np.testing.assert_allclose(ours, theirs, atol=0.02 * np.abs(theirs).max())
+
+
+def test_weights_and_targets_get_no_gradient():
+    hidden, head, targets, weights = inputs()
+    gradient = jax.grad(lambda w: chunked_cross_entropy(hidden, head, targets, w, 3))(weights)
+    assert not np.any(gradient)
+
+
+def largest_array(function, *arguments):
+    """Elements of the largest array anywhere in a program, inner loops included."""
+    program = str(jax.make_jaxpr(function)(*arguments))
+    shapes = re.findall(r"\w+\[([\d,]+)\]", program)
+    return max(math.prod(int(n) for n in shape.split(",")) for shape in shapes)
+
+
+def test_no_array_holds_all_logits():
+    tokens, classes, width = 24, 40, 2
+    arguments = (
+        draw((tokens, width)),
+        draw((classes, width)),
+        jnp.zeros((tokens,), jnp.int32),
+        jnp.ones((tokens,)),
+    )
+    for chunk, held in ((4, 4), (5, 5), (24, 24)):
+        loss = partial(lambda chunk, *a: chunked_cross_entropy(*a, chunk), chunk)
+        for program in (loss, jax.value_and_grad(loss, (0, 1))):
+            assert largest_array(program, *arguments) == held * classes
+    assert largest_array(jax.grad(plain, (0, 1)), *arguments) >= tokens * classes
+
+
+def test_cross_entropy_of_soft_labels_by_hand():
+    # p = (3/4, 1/4): -(1/2 ln 3/4 + 1/2 ln 1/4), and -ln 1/4.
+    logits = jnp.array([[math.log(3), 0.0], [math.log(3), 0.0]])
+    labels = jnp.array([[0.5, 0.5], [0.0, 1.0]])
+    expected = [-0.5 * math.log(0.75) - 0.5 * math.log(0.25), math.log(4)]
+    np.testing.assert_allclose(cross_entropy(logits, labels), expected, rtol=1e-6)
+    gradient = jax.grad(lambda x: jnp.sum(cross_entropy(x, labels)))(logits)
+    np.testing.assert_allclose(gradient, [[0.25, -0.25], [0.75, -0.75]], atol=1e-6)
+    assert cross_entropy(logits.astype(jnp.bfloat16), labels).dtype == jnp.float32

@@ -1,0 +1,99 @@
+"""The benchmark program at tiny shapes: rows, keys, JSON and errors. No time is asserted."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from train import bench, tables
+
+TINY = ["--tokens=12", "--width=4", "--hidden=6", "--experts=3", "--repeats=2"]
+
+
+def test_grouped_prints_and_writes_rows(tmp_path, capsys):
+    path = tmp_path / "grouped.json"
+    words = ["bench", "grouped", f"--json={path}", "--load=skewed", *TINY]
+    assert bench.main(words) == 0
+    written = json.loads(path.read_text())
+    assert set(written) == {"rows", "run"}
+    assert set(written["run"]) == {"command", "device", "versions", "commit"}
+    assert written["run"]["versions"]["jax"] == jax.__version__
+
+    rows = written["rows"]
+    kernels = ["dense", "batched", "cpu", "ragged_dot"]
+    assert [(row["E"], row["kernel"]) for row in rows] == [(3, k) for k in kernels]
+    for row in rows:
+        assert row["load"] == "skewed"
+        assert row["rounds"] == (1 if row["kernel"] == "ragged_dot" else 2)
+        for part in ("forward", "step"):
+            assert 0 < row[f"{part}_ms_min"] <= row[f"{part}_ms"] <= row[f"{part}_ms_max"]
+            assert row[f"{part}_ratio"] > 0
+    assert rows[0]["step_ratio"] == rows[0]["forward_ratio_of_min"] == 1.0
+    printed = capsys.readouterr().out
+    assert "T=12 D=4 F=6 K=2" in printed
+    assert "forward ratio" in printed
+
+
+def test_bfloat16_without_ragged_dot(capsys):
+    words = ["bench", "grouped", "--ragged_repeats=0", "--load=balanced", "--dtype=bfloat16"]
+    assert bench.main([*words, *TINY]) == 0
+    printed = capsys.readouterr().out
+    assert "bfloat16" in printed
+    assert "ragged_dot" not in printed
+
+
+def test_kernels_compute_the_same_outputs_and_gradients():
+    bench.FLAGS(["bench"])
+    operands = bench._operands(T=12, D=4, F=6, K=2, E=3, load="skewed")["experts"]
+    ours, compilers = (
+        bench._programs(kernel)["step"](*operands) for kernel in ("cpu", "ragged_dot")
+    )
+    for mine, other in zip(*map(jax.tree.leaves, (ours, compilers)), strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-6)
+
+
+def test_interleave_runs_in_turn():
+    calls = []
+    programs = {name: (lambda name=name: calls.append(name)) for name in "ab"}
+    times = bench.interleave(programs, {"a": 3, "b": 1})
+    # One untimed run of each, then rounds; b takes part in the first alone.
+    assert "".join(calls) == "ab" + "ab" + "a" + "a"
+    assert [len(times[name]) for name in "ab"] == [3, 1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["layers"], "unknown benchmark 'layers'; choose from grouped"),
+        ([], "no benchmark named; choose from grouped"),
+        (["grouped", "--experts=8,x"], "--experts=8,x must be positive integers"),
+        (["grouped", "--experts=2", "--chosen=3"], "--chosen=3 experts a token needs at least"),
+        (["grouped", "--repeats=0"], "repeats"),
+        (["grouped", "--json=missing/folder/x.json"], "folder missing/folder does not exist"),
+    ],
+)
+def test_bad_input_is_refused(capsys, words, message):
+    assert bench.main(["bench", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_lists_benchmarks(capsys):
+    assert bench.main(["bench", "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert "Benchmarks: grouped." in printed
+    assert "--tokens" in printed
+
+
+def test_table_leaves_missing_keys_blank(capsys):
+    tables.print_table("numbers", [{"a": 1.23456, "b": "x"}, {"b": "y", "c": 7}])
+    printed = capsys.readouterr().out
+    assert "1.235" in printed
+    assert "None" not in printed
+
+
+def test_json_path_is_checked(tmp_path):
+    with pytest.raises(ValueError, match="is a folder; name a file in it"):
+        tables.write_json(str(tmp_path), [])
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        tables.write_json(str(tmp_path / "none" / "x.json"), [])
