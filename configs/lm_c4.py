@@ -4,7 +4,7 @@ About 6.9 billion parameters, 1.3 billion of them active per token (the shape of
 arXiv 2409.02060). Data: tensorflow-datasets `c4/en`. Hardware: a TPU v5p-128. Time and result: not
 run.
 
-    python -m train --config=configs/lm_c4.py --workdir=gs://BUCKET/lm_c4
+    python -m train --config=configs/lm_c4.py --workdir=runs/lm_c4
 """
 
 from ml_collections import ConfigDict

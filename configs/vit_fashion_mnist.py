@@ -19,7 +19,6 @@ def get_config() -> ConfigDict:
             "image_size": 28,
             "channels": 1,
             "classes": 10,
-            "crop_padding": 2,
             "flip": True,
         },
         optim={"learning_rate": 2e-3, "warmup": 100, "final": 0.02},

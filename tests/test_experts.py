@@ -45,7 +45,7 @@ def by_loop(params, rows, expert):
         gate = rows @ p["w_gate"] + p.get("b_gate", 0)
         hidden = gate / (1 + np.exp(-gate)) * up
     else:
-        hidden = up * 0.5 * (1 + np.vectorize(math.erf)(up / math.sqrt(2)))
+        hidden = up * 0.5 * (1 + np.vectorize(math.erf, otypes=[float])(up / math.sqrt(2)))
     return hidden @ p["w_down"] + p.get("b_down", 0)
 
 

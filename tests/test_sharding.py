@@ -1,4 +1,4 @@
-"""Sharding: the table of rules, meshes and batches that do not fit, and a sharded model's numbers."""
+"""Sharding: the table of rules, what does not fit, and the numbers of a sharded model."""
 
 import chex
 import jax
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from emoe_jax import BasisConfig, EMoELM, EMoEViT, LMConfig, MoEConfig, ViTConfig, pure
 from emoe_jax.sharding import (
@@ -108,7 +108,7 @@ def test_meshes_have_all_axes(config, shape):
     mesh = make_mesh(config)
     assert mesh.axis_names == AXES
     assert tuple(mesh.shape.values()) == shape
-    assert all(str(kind) == "Auto" for kind in mesh.axis_types)
+    assert set(mesh.axis_types) == {AxisType.Auto}
     assert batch_sharding(mesh).spec == PartitionSpec(("data", "fsdp", "expert"))
     assert replicated(mesh).spec == PartitionSpec()
 

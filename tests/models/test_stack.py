@@ -86,7 +86,7 @@ def test_remat_changes_neither_values_nor_gradients(remat):
 def remat_count(config):
     stack = Stack(config, rngs=nnx.Rngs(0))
     arrays = (draw((B, S, D)), POSITIONS, SEGMENTS, IDS, jnp.arange(B, dtype=jnp.int32), None)
-    return str(jax.make_jaxpr(lambda *a: stack(*a)[0])(*arrays[:-1], None)).count("checkpoint[")
+    return str(jax.make_jaxpr(lambda *a: stack(*a)[0])(*arrays[:-1], None)).count("remat2[")
 
 
 def test_remat_wraps_each_block_of_the_period():

@@ -1,0 +1,100 @@
+"""The programs as a user starts them: bad input ends with code 2 and words, not with a trace."""
+
+import pathlib
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+TINY = "--config=configs/lm_tiny.py"
+
+CASES = {
+    "unknown key": ["train", TINY, "--workdir={}", "--config.moe.experst=4"],
+    "unknown group": ["train", TINY, "--workdir={}", "--config.meo.experts=4"],
+    "wrong type": ["train", TINY, "--workdir={}", "--config.steps=many"],
+    "impossible value": ["train", TINY, "--workdir={}", "--config.moe.top_k=9"],
+    "unknown router": ["train", TINY, "--workdir={}", "--config.moe.router=eigne"],
+    "no config": ["train", "--workdir={}"],
+    "config not there": ["train", "--config=configs/lm_tinny.py", "--workdir={}"],
+    "no workdir": ["train", TINY],
+    "unknown flag": ["train", TINY, "--workdir={}", "--nonsense=1"],
+    "json nowhere": ["train", TINY, "--workdir={}", "--json={}/absent/table.json"],
+    "workdir is a file": ["train", TINY, "--workdir=LICENSE"],
+    "evaluate without run": ["train.evaluate", "--workdir={}"],
+    "sample without run": ["train.sample", "--workdir={}", "--prompt=The"],
+}
+
+
+class Ended(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+    """Every case, two processes at a time: most of their time is imports."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    names, results = list(CASES), {}
+    for pair in zip(names[::2], [*names[1::2], None], strict=False):
+        started = {name: start(CASES[name], folder) for name in pair if name is not None}
+        for name, process in started.items():
+            out, err = process.communicate(timeout=300)
+            results[name] = Ended(process.returncode, out, err)
+    return results
+
+
+def start(arguments: list[str], folder: pathlib.Path) -> subprocess.Popen[str]:
+    filled = [argument.replace("{}", str(folder)) for argument in arguments]
+    return subprocess.Popen(
+        [sys.executable, "-m", *filled],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        (
+            "unknown key",
+            "error: config key 'moe.experst' does not exist; did you mean 'moe.experts'?\n",
+        ),
+        ("unknown group", "config key 'meo.experts' does not exist; did you mean 'moe.experts'?"),
+        ("wrong type", "--config.steps=many"),
+        ("impossible value", "top_k=9 is more than experts=4: a token can go to at most all"),
+        ("unknown router", "router='eigne' is not known; choose one of eigen, softmax"),
+        ("no config", "Flag --config must have a value"),
+        ("config not there", "--config=configs/lm_tinny.py: there is no such file; there are: conf"),
+        ("config not there", "configs/lm_tiny.py"),
+        ("no workdir", "Flag --workdir must have a value"),
+        ("unknown flag", "Unknown command line flag 'nonsense'"),
+        ("json nowhere", "/absent does not exist"),
+        ("workdir is a file", "LICENSE"),
+        ("evaluate without run", "holds no run: there is no config.json; train one there with"),
+        ("sample without run", "holds no run: there is no config.json; train one there with"),
+    ],
+)
+def test_bad_input_ends_with_code_2_and_the_words_that_help(ended, case, words):
+    code, out, err = ended[case]
+    assert code == 2, err
+    assert words in err
+    assert "Traceback" not in err
+    assert out == ""
+
+
+def test_the_cases_are_all_judged(ended):
+    assert ended.keys() == CASES.keys()
+    assert all(result.err.count("error: ") == 1 for result in ended.values())
+
+
+def test_a_trace_is_shown_to_those_who_ask(tmp_path):
+    process = start(["train.evaluate", "--workdir={}", "--trace"], tmp_path)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "Traceback" in err
+    assert "FileNotFoundError" in err
