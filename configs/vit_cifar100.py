@@ -1,8 +1,7 @@
 """Vision Transformer with experts on CIFAR-100, from scratch.
 
-Data: tensorflow-datasets `cifar100`, prepared once where there is a network with
-`python -c "import tensorflow_datasets as tfds; tfds.builder('cifar100').download_and_prepare(
-download_config=tfds.download.DownloadConfig(), file_format='array_record')"` (extra tfds).
+Data: tensorflow-datasets `cifar100`, prepared once where there is a network (extra `tfds`):
+`tfds build cifar100 --file_format=array_record`.
 Hardware: one GPU. Time and result: not run.
 
     python -m train --config=configs/vit_cifar100.py --workdir=runs/vit_cifar100

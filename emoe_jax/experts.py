@@ -75,9 +75,7 @@ class Experts(nnx.Module):
         return product(hidden, "w_down", "b_down")
 
 
-def _matrices(
-    rngs: nnx.Rngs, shape: tuple[int, int, int], scale: float = 1.0
-) -> nnx.Param[Array]:
+def _matrices(rngs: nnx.Rngs, shape: tuple[int, int, int], scale: float = 1.0) -> nnx.Param[Array]:
     """Normal with deviation scale/sqrt(fan in); at scale 1 it keeps the variance of its input."""
     std = scale / math.sqrt(shape[1])
     return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))

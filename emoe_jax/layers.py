@@ -184,9 +184,7 @@ class Attention(nnx.Module):
         self.query = Linear(width, heads * head_dim, dtype, bias=bias, rngs=rngs)
         self.key = Linear(width, kv_heads * head_dim, dtype, bias=bias, rngs=rngs)
         self.value = Linear(width, kv_heads * head_dim, dtype, bias=bias, rngs=rngs)
-        self.out = Linear(
-            heads * head_dim, width, dtype, bias=bias, scale=out_scale, rngs=rngs
-        )
+        self.out = Linear(heads * head_dim, width, dtype, bias=bias, scale=out_scale, rngs=rngs)
         self.qk_norm = qk_norm
         if qk_norm:
             self.query_norm = RMSNorm(head_dim)

@@ -18,13 +18,14 @@ def active_parameters(config: LMConfig | ViTConfig, params: Tree) -> int:
     """Parameters of matrix products that one token passes.
 
     Experts count for the K of E that a token takes; the token embedding counts once as the output
-    head and never as the look-up; norms and biases are left out.
+    head and never as the look-up; norms and biases are left out. The head of a Vision Transformer
+    is left out as well: images pass it, not tokens.
     """
     share = config.moe.top_k / config.moe.experts
     total = 0.0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         names = [str(getattr(part, "key", part)) for part in path]
-        if names[-1] in MATRICES:
+        if names[-1] in MATRICES and names[0] != "head":
             total += math.prod(leaf.shape) * (share if "experts" in names else 1.0)
     if isinstance(config, LMConfig):
         total += config.vocab_size * config.width
@@ -50,4 +51,6 @@ def flops_per_token(config: LMConfig | ViTConfig, params: Tree, length: int) -> 
 def flops_per_unit(config: LMConfig | ViTConfig, params: Tree, length: int) -> float:
     """FLOPs of one token of a language model, or of one image with all its `length` tokens."""
     per_token = flops_per_token(config, params, length)
-    return per_token if isinstance(config, LMConfig) else per_token * length
+    if isinstance(config, LMConfig):
+        return per_token
+    return per_token * length + 6.0 * config.width * config.classes

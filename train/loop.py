@@ -29,7 +29,7 @@ from train.evaluate import (
 )
 from train.flops import active_parameters, flops_per_unit
 from train.logs import RunLog, peak_flops
-from train.run import CONFIG_FILE, Run, build, open_checkpoints
+from train.run import CONFIG_FILE, Run, build, open_checkpoints, read_config
 
 Tree = Any
 
@@ -279,7 +279,7 @@ def _write_config(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> None:
         return
     file = workdir / CONFIG_FILE
     if file.is_file():
-        for line in changed_keys(json.loads(file.read_text()), tree.to_dict()):
+        for line in changed_keys(read_config(file), tree.to_dict()):
             LOGGER.warning("the configuration changed since this run began: %s", line)
     temporary = file.with_suffix(".tmp")
     temporary.write_text(to_json(tree))

@@ -200,6 +200,22 @@ def open_checkpoints(run: Run, workdir: pathlib.Path) -> Checkpoints:
     )
 
 
+def read_config(file: pathlib.Path) -> dict[str, Any]:
+    """The keys in a config.json.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+        return dict(tree)
+    except ValueError as error:
+        raise ValueError(
+            f"{file} is no JSON object ({error}); delete it and start the training again, which"
+            " writes it anew and goes on from the last checkpoint"
+        ) from error
+
+
 def load_trained(workdir: pathlib.Path, overrides: Mapping[str, Any]) -> tuple[Run, Tree, int]:
     """A finished or interrupted run, with the parameters of its newest checkpoint.
 
@@ -219,7 +235,7 @@ def load_trained(workdir: pathlib.Path, overrides: Mapping[str, Any]) -> tuple[R
             f"--workdir={workdir} holds no run: there is no {CONFIG_FILE}; train one there with"
             f" python -m train --config=configs/NAME.py --workdir={workdir}"
         )
-    run = build(freeze(json.loads(file.read_text()) | dict(overrides)), workdir)
+    run = build(freeze(read_config(file) | dict(overrides)), workdir)
     wanted = {name: run.abstract[name] for name in ("params", "router")}
     with Checkpoints(workdir / CHECKPOINTS, every=1, read_only=True) as checkpoints:
         step = checkpoints.latest_step()

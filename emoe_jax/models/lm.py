@@ -60,9 +60,7 @@ class EMoELM(nnx.Module):
         self.blocks = Stack(config, rngs=rngs)
         self.norm = RMSNorm(config.width)
         if not config.tie_head:
-            self.head = nnx.Param(
-                HEAD_STD * jax.random.normal(rngs.params(), shape, jnp.float32)
-            )
+            self.head = nnx.Param(HEAD_STD * jax.random.normal(rngs.params(), shape, jnp.float32))
 
     def __call__(self, tokens: Array, **context: Any) -> tuple[Array, dict[str, Aux]]:
         """Logits [B,S,N] float32 of the token after each position; see `features`."""

@@ -26,6 +26,7 @@ from emoe_jax.routers.base import (
 
 Array = jax.Array
 
+
 def init_kernel(rngs: nnx.Rngs, width: int, experts: int) -> nnx.Param[Array]:
     """Weights [D,E] of a linear router: normal with deviation 1/sqrt(D).
 

@@ -45,11 +45,13 @@ def run(config):
 
 
 ALL = jnp.ones((B,), bool)
+# Behind an adapter a second block mixes the patches into the class token.
+DEPTH = {"adapter": {"depth": 2, "moe_blocks": (0,)}, "mlp": {"depth": 1}}
 
 
 @pytest.mark.parametrize(("pooling", "form"), [("class", "adapter"), ("mean", "mlp")])
 def test_shapes_parameters_and_gradients(pooling, form):
-    step, params = run(make_config(pooling=pooling, moe_form=form, moe_blocks=(0,)))
+    step, params = run(make_config(pooling=pooling, moe_form=form, **DEPTH[form]))
     (_, (logits, aux)), gradients = step(params, draw((B, SIZE, SIZE, 2)), ALL)
     chex.assert_shape(logits, (B, 5))
     assert list(aux) == ["0"]
@@ -68,7 +70,7 @@ def test_shapes_parameters_and_gradients(pooling, form):
 
 
 def test_images_that_pad_the_batch_change_nothing_and_are_counted_nowhere():
-    step, params = run(make_config(moe_blocks=(0,), pooling="mean", moe_form="mlp"))
+    step, params = run(make_config(pooling="mean", moe_form="mlp", **DEPTH["mlp"]))
     images, mask = draw((B, SIZE, SIZE, 2)), ALL.at[1].set(False)
     (_, (logits, aux)), gradients = step(params, images, mask)
     (_, (other, other_aux)), other_gradients = step(params, images.at[1].set(9.0), mask)
@@ -79,15 +81,15 @@ def test_images_that_pad_the_batch_change_nothing_and_are_counted_nowhere():
 
 def test_an_adapter_after_the_last_block_cannot_change_class_logits():
     # ROUTING.md: the class token passes by the branch, and nothing mixes it in afterwards.
-    step, params = run(make_config(pooling="class", moe_form="adapter", moe_blocks=(1,)))
+    step, params = run(make_config(pooling="class", moe_form="adapter", depth=1))
     images = draw((B, SIZE, SIZE, 2))
     (_, (logits, _)), gradients = step(params, images, ALL)
     moved = jax.tree.map(lambda x: x, params)
-    moved["blocks"]["groups"]["1"]["alpha"] = jnp.full((1,), 50.0)
+    moved["blocks"]["groups"]["0"]["alpha"] = jnp.full((1,), 50.0)
     (_, (after, _)), _ = step(moved, images, ALL)
     chex.assert_trees_all_equal(logits, after)
-    assert not np.any(gradients["blocks"]["groups"]["1"]["alpha"])
-    assert not np.any(gradients["blocks"]["groups"]["1"]["moe"]["experts"]["w_up"])
+    assert not np.any(gradients["blocks"]["groups"]["0"]["alpha"])
+    assert not np.any(gradients["blocks"]["groups"]["0"]["moe"]["experts"]["w_up"])
 
 
 def test_images_of_another_size_are_refused():

@@ -1,7 +1,6 @@
 """One finished run that several files look at."""
 
 import pathlib
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
@@ -28,11 +27,11 @@ def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """A tiny language model, 24 steps, checkpoints every 8, evaluations every 12."""
     folder = tmp_path_factory.mktemp("finished")
     source = write_corpus(folder / "text")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", mesh_of_one)
         scalars, rows = train(lm_tree(source), folder / "run")
-    yield Finished(folder / "run", source, scalars, rows)
+    return Finished(folder / "run", source, scalars, rows)

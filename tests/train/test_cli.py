@@ -69,7 +69,10 @@ def start(arguments: list[str], folder: pathlib.Path) -> subprocess.Popen[str]:
         ("impossible value", "top_k=9 is more than experts=4: a token can go to at most all"),
         ("unknown router", "router='eigne' is not known; choose one of eigen, softmax"),
         ("no config", "Flag --config must have a value"),
-        ("config not there", "--config=configs/lm_tinny.py: there is no such file; there are: conf"),
+        (
+            "config not there",
+            "--config=configs/lm_tinny.py: there is no such file; there are: conf",
+        ),
         ("config not there", "configs/lm_tiny.py"),
         ("no workdir", "Flag --workdir must have a value"),
         ("unknown flag", "Unknown command line flag 'nonsense'"),

@@ -13,7 +13,20 @@ from emoe_jax import sharding
 from train.config import experiment
 
 S = 32
-WORDS = ["the", "union", "of", "states", "shall", "be", "preserved", "and", "its", "people", "shall", "speak"]
+WORDS = [
+    "the",
+    "union",
+    "of",
+    "states",
+    "shall",
+    "be",
+    "preserved",
+    "and",
+    "its",
+    "people",
+    "shall",
+    "speak",
+]
 
 
 def write_corpus(folder: pathlib.Path, documents: int = 6, words: int = 60) -> str:
