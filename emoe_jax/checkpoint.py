@@ -26,11 +26,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
+
+from emoe_jax.manifest import check_array, check_spec, describe, digests, flatten, nest
 
 Tree = dict[str, Any]
 
@@ -168,14 +169,14 @@ class Checkpoints:
             )
         if step == latest or not (force or self._manager.should_save(step)):
             return False
-        arrays = _flatten(train_state, _check_array)
+        arrays = flatten(train_state, check_array)
         try:
             json.dumps(meta, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise ValueError(f"meta must be a JSON object: {error}.") from error
-        run = {"meta": meta, "data_state": _gather(data_state), "digests": _digests(arrays)}
+        run = {"meta": meta, "data_state": _gather(data_state), "digests": digests(arrays)}
         finite = {k: float(v) for k, v in (metrics or {}).items() if math.isfinite(v)}
-        items = {_STATE: ocp.args.PyTreeSave(_nest(arrays)), _RUN: ocp.args.JsonSave(run)}
+        items = {_STATE: ocp.args.PyTreeSave(nest(arrays)), _RUN: ocp.args.JsonSave(run)}
         try:
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=finite, force=True)
         except Exception as error:
@@ -227,13 +228,13 @@ class Checkpoints:
             CheckpointError: the data cannot be read, is not what was saved, or holds the data
                 positions of another number of processes.
         """
-        wanted = _flatten(abstract, _check_spec)
+        wanted = flatten(abstract, check_spec)
         if not wanted:
             raise ValueError("The abstract tree names no array; give the tree of the train state.")
         run = self._read_run(step)
         self._compare(step, wanted, partial)
         data_state = None if partial else self._own_data_state(step, run["data_state"])
-        item = _nest(wanted)
+        item = nest(wanted)
         args = ocp.args.PyTreeRestore(
             item=item,
             restore_args=ocp.checkpoint_utils.construct_restore_args(item),
@@ -241,8 +242,8 @@ class Checkpoints:
         )
         with self._reading(step):
             tree = self._manager.restore(step, args=ocp.args.Composite(state=args))[_STATE]
-        arrays = _flatten(tree, _check_array)
-        changed = [k for k, v in _digests(arrays).items() if v != run["digests"][k]]
+        arrays = flatten(tree, check_array)
+        changed = [k for k, v in digests(arrays).items() if v != run["digests"][k]]
         if changed:
             raise self._read_failure(step, f"{', '.join(changed)} hold other bits than were saved")
         filled = jax.tree.map_with_path(
@@ -295,11 +296,11 @@ class Checkpoints:
         """Raises CheckpointMismatch unless the stored names, shapes and dtypes are as wanted."""
         with self._reading(step):
             tree = self._manager.item_metadata(step)[_STATE].tree
-        stored = _flatten(tree, lambda name, leaf: None)
+        stored = flatten(tree, lambda name, leaf: None)
         tops = {name.partition("/")[0] for name in wanted}
         lines = []
         for name in sorted(wanted.keys() | stored.keys()):
-            there, here = _spec(stored.get(name)), _spec(wanted.get(name))
+            there, here = describe(stored.get(name)), describe(wanted.get(name))
             if there != here and not (partial and name.partition("/")[0] not in tops):
                 lines.append(f"  {name}: {there} in the checkpoint, {here} in this model\n")
         if lines:
@@ -383,96 +384,6 @@ def _registry() -> ocp.handlers.CheckpointHandlerRegistry:
     for args in (ocp.args.JsonSave, ocp.args.JsonRestore):
         registry.add(_RUN, args)
     return registry
-
-
-def _flatten(tree: Any, check: Callable[[str, Any], None], prefix: str = "") -> dict[str, Any]:
-    """Leaves by their path, such as `params/w`; `check(name, leaf)` raises on a wrong one."""
-    if not isinstance(tree, dict):
-        raise ValueError(f"A train state is a nested dict of arrays, and this is {type(tree)}.")
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        if not isinstance(key, str) or not key or "." in key or "/" in key:
-            raise ValueError(
-                f"The key {key!r} under '{prefix}' cannot name an array on the disk: use non-empty "
-                "strings without '.' and '/'."
-            )
-        if isinstance(value, dict):
-            leaves |= _flatten(value, check, f"{prefix}{key}/")
-            continue
-        check(prefix + key, value)
-        leaves[prefix + key] = value
-    return leaves
-
-
-def _nest(leaves: Mapping[str, Any]) -> Tree:
-    """The inverse of `_flatten`, without empty dicts."""
-    tree: Tree = {}
-    for name, leaf in leaves.items():
-        *parents, last = name.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
-
-
-def _check_array(name: str, leaf: Any) -> None:
-    """Refuses what orbax would refuse late, or store as something else."""
-    if not isinstance(leaf, jax.Array):
-        raise ValueError(
-            f"{name} is {type(leaf).__name__}, not a jax.Array: turn containers into dicts with "
-            "string keys, such as {'0': ...}, and numbers into arrays."
-        )
-    kinds = (jnp.floating, jnp.integer, jnp.bool_)
-    if not any(jnp.issubdtype(leaf.dtype, kind) for kind in kinds):
-        raise ValueError(
-            f"{name} has dtype {leaf.dtype}: store real numbers (jax.random.key_data of a key)."
-        )
-    if leaf.size == 0:
-        raise ValueError(f"{name} has shape {leaf.shape}; an array without elements is not stored.")
-
-
-def _check_spec(name: str, leaf: Any) -> None:
-    """A spec must say where the array goes: orbax would take the placement of the saving run."""
-    if not isinstance(leaf, jax.ShapeDtypeStruct) or leaf.sharding is None:
-        raise ValueError(
-            f"{name} is {leaf!r}; give a jax.ShapeDtypeStruct with shape, dtype and sharding."
-        )
-
-
-def _spec(leaf: Any) -> str:
-    """Shape and dtype as text, such as float32[3,4]; "absent" for None."""
-    if leaf is None:
-        return "absent"
-    return f"{np.dtype(leaf.dtype).name}[{','.join(str(n) for n in leaf.shape)}]"
-
-
-def _digests(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
-    """Digest of each array, the same for every sharding. Costs one pass over the memory."""
-    # One compiled call an array, as arrays of a state may lie on different sets of devices.
-    digests = {name: _digest(array) for name, array in arrays.items()}
-    return {name: int(digest) for name, digest in jax.device_get(digests).items()}
-
-
-@jax.jit
-def _digest(x: jax.Array) -> jax.Array:
-    """Sum over elements of (2·index + 1) · bit pattern, modulo 2**32.
-
-    Odd factors are invertible modulo 2**32, so a change of any one word changes the sum; unequal
-    factors make an exchange of two words change it (unless their difference times the distance
-    is a multiple of 2**31). Integer sums do not depend on order, hence not on sharding.
-    """
-    if x.dtype.itemsize == 8 or jnp.issubdtype(x.dtype, jnp.floating):
-        words = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
-        x = jax.lax.bitcast_convert_type(x, words)
-    bits = x.astype(jnp.uint32)
-    weight = jnp.ones(bits.shape, jnp.uint32)
-    stride = 2
-    for axis in reversed(range(bits.ndim)):
-        index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-        weight += index * jnp.uint32(stride % 2**32)
-        stride *= bits.shape[axis]
-    return jnp.sum(bits * weight, dtype=jnp.uint32)
 
 
 def _gather(data_state: bytes) -> list[str]:

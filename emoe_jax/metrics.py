@@ -21,8 +21,11 @@ def load_shares(load: Array) -> Array:
 
 
 def max_violation(load: Array) -> Array:
-    """MaxVio = E · max_k load_k - 1 (arXiv 2408.15664): 0 at balance, E - 1 with one expert."""
-    return load.shape[-1] * jnp.max(load_shares(load), axis=-1) - 1.0
+    """MaxVio = E · max_k load_k - 1 (arXiv 2408.15664): 0 at balance, E - 1 with one expert.
+
+    0 where nothing was counted.
+    """
+    return jnp.maximum(load.shape[-1] * jnp.max(load_shares(load), axis=-1) - 1.0, 0.0)
 
 
 def coefficient_of_variation(load: Array) -> Array:

@@ -37,7 +37,7 @@ class Evaluator(NamedTuple):
     """
 
     step: Callable[[Tree, Tree, Tree, jax.Array], Tree]
-    metrics: Callable[[Tree, np.ndarray], Tree]
+    metrics: Callable[[Tree, np.generic], Tree]
 
 
 def heldout(run: Run) -> Iterator[dict[str, np.ndarray]]:

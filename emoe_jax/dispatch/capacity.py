@@ -1,8 +1,14 @@
-"""Fixed slots per expert: C = ceil(c T K / E); what finds no slot is dropped and counted."""
+"""Fixed slots per expert: C = ceil(c T K / E); what finds no slot is dropped and counted.
+
+Slots are given over the whole batch, first choices before second ones. So for K > 1 the second
+choice of a token may be dropped because of a later token's first one: where an overflow happens a
+language model is not strictly causal. "dropless" always is.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +19,20 @@ from emoe_jax.dispatch.rows import collect_rows, spread_rows
 from emoe_jax.routers.base import ExpertChoice, Routing
 
 Array = jax.Array
+
+
+class Slots(NamedTuple):
+    """Plan of token choice: `places` [T,K] and `sources` [E·C], see `rows`."""
+
+    places: Array
+    sources: Array
+
+
+class Chosen(NamedTuple):
+    """Plan of expert choice: `tokens` [E,C], and the `mask` [T], whose length is that of tokens."""
+
+    tokens: Array
+    mask: Array
 
 
 def slots(tokens: int, top_k: int, experts: int, factor: float) -> int:
@@ -59,7 +79,7 @@ def dispatch(
         spread_rows(tokens, sources, places).reshape(E, C, D),
         jnp.minimum(sizes, C),
         weights.reshape(E, C),
-        (places, sources),
+        Slots(places, sources),
         jnp.sum(jnp.maximum(sizes - C, 0), dtype=jnp.float32),
     )
 
@@ -68,7 +88,7 @@ def _take_chosen(tokens: Array, routing: ExpertChoice, mask: Array) -> Groups:
     """Expert choice: a token may stand in any number of groups, so its rows are plain gathers."""
     sizes = jnp.sum(mask[routing.tokens], axis=-1, dtype=jnp.int32)
     rows = tokens[routing.tokens]
-    plan = (routing.tokens, tokens.shape[0])
+    plan = Chosen(routing.tokens, mask)
     return Groups(rows, sizes, routing.weights, plan, jnp.zeros((), jnp.float32))
 
 
@@ -76,12 +96,10 @@ def combine(outputs: Array, groups: Groups) -> Array:
     """Weighs the outputs [E,C,D] by their gates and sums them by token to [T,D], in float32."""
     E, C, D = outputs.shape
     weighted = outputs.astype(jnp.float32) * groups.weights[..., None]
-    indices, other = groups.plan
-    if isinstance(other, int):
-        total = (
-            jnp.zeros((other, D), jnp.float32)
-            .at[indices.reshape(-1)]
-            .add(weighted.reshape(E * C, D))
-        )
+    weighted = weighted.reshape(E * C, D)
+    plan = groups.plan
+    if isinstance(plan, Chosen):
+        T = plan.mask.shape[0]
+        total = jnp.zeros((T, D), jnp.float32).at[plan.tokens.reshape(-1)].add(weighted)
         return total.astype(outputs.dtype)
-    return collect_rows(weighted.reshape(E * C, D), indices, other).astype(outputs.dtype)
+    return collect_rows(weighted, plan.places, plan.sources).astype(outputs.dtype)

@@ -20,7 +20,8 @@ from train.run import model_maker
 from train.step import make_steps, microbatches
 
 B, S, N = 8, 16, 258
-FAST_COMPILE = {"xla_backend_optimization_level": 0}
+# A quarter of the time to compile; the programs are too small for their own speed to matter.
+FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 EIGEN = {"router": "eigen", "basis": {"rank": 8}}
 # Adam divides by the root of the second moment: a gradient that is zero but for rounding would
