@@ -16,6 +16,8 @@ def get_config() -> ConfigDict:
         model={
             "width": 192,
             "depth": 4,
+            # Listed, so unrolled: on two cores a fifth faster than the scan of moe_every=1.
+            "moe_blocks": (0, 1, 2, 3),
             "heads": 4,
             "kv_heads": 2,
             "tie_head": False,
