@@ -37,7 +37,8 @@ class Pure(NamedTuple):
 
 def split(model: nnx.Module) -> tuple[Pure, Tree, Tree]:
     """Splits a model into its graph, parameters and router state, the two as plain dicts."""
-    graph, params, router = nnx.split(model, nnx.Param, RouterState)
+    graph, params, *others = nnx.split(model, nnx.Param, RouterState)
+    (router,) = others
     pure = Pure(graph, _abstract(params), _abstract(router))
     return pure, _plain(params), _plain(router)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import pathlib
 import sys
@@ -60,6 +61,32 @@ def _check_json_path() -> None:
     """Refuses a --json that cannot be written before the time is spent that its content takes."""
     if "json" in flags.FLAGS and flags.FLAGS.json:
         tables.check_json_path(flags.FLAGS.json)
+
+
+def define_trained_run() -> None:
+    """Flags of the programs that read a run: which one, and what is different here."""
+    flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+    flags.DEFINE_multi_string(
+        "override", [], "KEY=VALUE of its configuration, for example mesh.fsdp=1; repeatable."
+    )
+
+
+def overrides() -> dict[str, Any]:
+    """What --override gives: dotted keys to Python values, to text where a value is none.
+
+    Raises:
+        ValueError: not of the form KEY=VALUE.
+    """
+    values: dict[str, Any] = {}
+    for text in flags.FLAGS.override:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--override={text} is not of the form KEY=VALUE")
+        try:
+            values[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            values[name] = value
+    return values
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

@@ -140,6 +140,25 @@ def update(config: config_dict.ConfigDict, values: Mapping[str, Any]) -> None:
             raise ValueError(f"config key {name!r} cannot be {value!r}: {error}") from None
 
 
+def replaced(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a plain tree, such as config.json's, with dotted keys set.
+
+    Raises:
+        ValueError: an unknown key.
+    """
+    known = list(_flatten(tree))
+    copy = json.loads(json.dumps(tree))
+    for name, value in values.items():
+        if name not in known:
+            raise ValueError(unknown_key(name, known))
+        *parents, last = name.split(".")
+        node = copy
+        for parent in parents:
+            node = node[parent]
+        node[last] = value
+    return dict(copy)
+
+
 def flat_keys(config: config_dict.ConfigDict) -> list[str]:
     """Dotted names of all values."""
     return list(_flatten(config.to_dict()))

@@ -125,7 +125,7 @@ def print_evaluation(run: Run, scalars: Scalars, rows: Rows, step: int) -> None:
 def main(argv: list[str]) -> None:
     """Evaluates the newest checkpoint of a run."""
     workdir = pathlib.Path(flags.FLAGS.workdir)
-    run, state, step = load_trained(workdir, {})
+    run, state, step = load_trained(workdir, cli.overrides())
     scalars, rows = evaluate(run, compile_evaluate(run), state)
     print_evaluation(run, scalars, rows, step)
     if flags.FLAGS.json:
@@ -134,6 +134,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+    cli.define_trained_run()
     flags.DEFINE_string("json", "", "File to write the table to.")
     cli.run(main)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import pathlib
@@ -16,6 +17,7 @@ from ml_collections import config_dict
 
 from emoe_jax.checkpoint import Checkpoints
 from emoe_jax.config import require
+from emoe_jax.grouped import resolve_backend
 from train import sample
 from train.config import ExperimentConfig, changed_keys, digest, freeze, to_json
 from train.evaluate import (
@@ -62,14 +64,7 @@ def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[Scalars,
     config = run.config
     # The prompt is continued at the end; whether it can be is known now.
     prompt = sample.prompt_ids(run, config.prompt, tokens=1) if config.prompt else []
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(run.abstract["params"]))
-    LOGGER.info(
-        "%s parameters, %s active per token; mesh %s of %s",
-        f"{parameters:,}",
-        f"{active_parameters(config.model, run.abstract['params']):,}",
-        dict(run.mesh.shape),
-        jax.devices()[0].device_kind,
-    )
+    _describe(run)
 
     # ---------------------------------------------------------------- state, new or restored
     with open_checkpoints(run, workdir) as checkpoints:
@@ -80,15 +75,7 @@ def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[Scalars,
             process_count=jax.process_count(),
         )
         resumed = checkpoints.latest_step()
-        if resumed is None:
-            state = run.init()
-        else:
-            _check_steps(config.steps, resumed, workdir)
-            restored = checkpoints.restore(resumed, run.abstract)
-            state = restored.train_state
-            assert restored.data_state is not None
-            batches.set_state(json.loads(restored.data_state))
-            LOGGER.info("resuming %s from step %d", workdir, resumed)
+        state = run.init() if resumed is None else _resume(run, checkpoints, resumed, batches)
         _write_config(tree, workdir)
 
         # ------------------------------------------------------------ training, unless it is done
@@ -120,13 +107,59 @@ def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[Scalars,
     return scalars, rows
 
 
-def _check_steps(steps: int, saved: int, workdir: pathlib.Path) -> None:
-    """Refuses to train to a step that lies before the newest checkpoint."""
-    require(
-        steps >= saved,
-        f"steps={steps}, but {workdir} is at step {saved} already; set steps to {saved} or more, or"
-        " use another --workdir",
+def _describe(run: Run) -> None:
+    """Logs the model's size, the mesh, and the kernel of the experts' products."""
+    params = run.abstract["params"]
+    LOGGER.info(
+        "%s parameters, %s active per token; mesh %s of %s; %s router, %s dispatch%s",
+        f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,}",
+        f"{active_parameters(run.config.model, params):,}",
+        dict(run.mesh.shape),
+        jax.devices()[0].device_kind,
+        run.config.model.moe.router,
+        run.config.model.moe.dispatch,
+        _kernel(run.config.model.moe.dispatch),
     )
+
+
+def _kernel(dispatch: str) -> str:
+    """The kernel of the grouped products, and a warning where it may do E times the work."""
+    if dispatch != "dropless":
+        return ""
+    kernel = resolve_backend("auto")
+    dense = jax.default_backend() == "gpu"
+    return f" by {kernel}" + (", which XLA may lower densely on GPU: time it" if dense else "")
+
+
+def _resume(run: Run, checkpoints: Checkpoints, step: int, batches: Any) -> Tree:
+    """The training state of a checkpoint; moves the batches to its position."""
+    workdir = checkpoints.directory.parent
+    require(
+        run.config.steps >= step,
+        f"steps={run.config.steps}, but {workdir} is at step {step} already; set steps to {step} or"
+        " more, or use another --workdir",
+    )
+    changed = changed_keys(checkpoints.restore_meta(step), _data_identity(run.config))
+    require(
+        not changed,
+        f"the run in {workdir} was trained on other data, and its position in them means nothing"
+        f" here ({'; '.join(changed)}); set these keys back, or use another --workdir",
+    )
+    restored = checkpoints.restore(step, run.abstract)
+    assert restored.data_state is not None
+    batches.set_state(json.loads(restored.data_state))
+    LOGGER.info("resuming %s from step %d", workdir, step)
+    return restored.train_state
+
+
+def _data_identity(config: ExperimentConfig) -> Tree:
+    """What the position in the data depends on, as a JSON object."""
+    data = {
+        name: value
+        for name, value in json.loads(json.dumps(dataclasses.asdict(config.data))).items()
+        if not name.endswith("_dir")  # where the data lie may differ between machines
+    }
+    return {"seed": config.seed, "batch": config.batch, "data": data}
 
 
 class _Compilations:
@@ -194,7 +227,7 @@ def _steps(parts: _Parts, state: Tree, start: int) -> tuple[Tree, Any]:
             step,
             state,
             data_state=json.dumps(parts.batches.get_state()).encode(),
-            meta={"task": config.task, "seed": config.seed, "batch": config.batch},
+            meta=_data_identity(config),
             metrics=measured,
             force=last,
         )

@@ -24,7 +24,7 @@ from emoe_jax.checkpoint import Checkpoints
 from emoe_jax.config import LMConfig, ViTConfig, require
 from emoe_jax.models import EMoELM, EMoEViT
 from emoe_jax.optim import make_optimizer
-from train.config import ExperimentConfig, freeze, with_vocab
+from train.config import ExperimentConfig, freeze, replaced, with_vocab
 from train.data.config import TextConfig
 from train.data.text import TextData, load_text
 from train.data.vision import VisionData, load_vision
@@ -221,13 +221,15 @@ def load_trained(workdir: pathlib.Path, overrides: Mapping[str, Any]) -> tuple[R
 
     Args:
         workdir: the run's folder.
-        overrides: keys of the experiment to be replaced, as in config.json; the mesh, for example.
+        overrides: dotted keys of the experiment to be replaced, such as "mesh.fsdp" where there are
+            other devices than in training.
 
     Returns:
         The run; `params` and `router`; the step of the checkpoint.
 
     Raises:
         FileNotFoundError: the folder holds no run, or no checkpoint yet.
+        ValueError: an override is unknown, or does not fit.
     """
     file = workdir / CONFIG_FILE
     if not file.is_file():
@@ -235,7 +237,7 @@ def load_trained(workdir: pathlib.Path, overrides: Mapping[str, Any]) -> tuple[R
             f"--workdir={workdir} holds no run: there is no {CONFIG_FILE}; train one there with"
             f" python -m train --config=configs/NAME.py --workdir={workdir}"
         )
-    run = build(freeze(read_config(file) | dict(overrides)), workdir)
+    run = build(freeze(replaced(read_config(file), overrides)), workdir)
     wanted = {name: run.abstract[name] for name in ("params", "router")}
     with Checkpoints(workdir / CHECKPOINTS, every=1, read_only=True) as checkpoints:
         step = checkpoints.latest_step()

@@ -145,7 +145,7 @@ def prompt_ids(run: Run, prompt: str, tokens: int) -> list[int]:
 def main(argv: list[str]) -> None:
     """Prints a continuation."""
     args = flags.FLAGS
-    run, state, step = load_trained(pathlib.Path(args.workdir), {})
+    run, state, step = load_trained(pathlib.Path(args.workdir), cli.overrides())
     text = continue_text(
         run,
         state,
@@ -161,7 +161,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+    cli.define_trained_run()
     flags.DEFINE_string("prompt", "", "Beginning of the text.")
     flags.DEFINE_integer("tokens", 200, "Tokens to draw.")
     flags.DEFINE_float("temperature", 0.8, "Divides the logits; 0 takes the likeliest token.")

@@ -17,6 +17,7 @@ from train.config import (
     experiment,
     flat_keys,
     freeze,
+    replaced,
     to_json,
     unknown_key,
     update,
@@ -173,3 +174,11 @@ def test_configurations_are_frozen_values():
     assert CheckpointConfig() == CheckpointConfig(every=200)
     with pytest.raises(ValueError, match="is not below steps=5"):
         ExperimentConfig("lm", LMConfig(), TextConfig(), steps=5)
+
+
+def test_replaced_sets_dotted_keys_of_a_copy():
+    tree = {"a": {"b": 1}, "c": 2}
+    assert replaced(tree, {"a.b": 3}) == {"a": {"b": 3}, "c": 2}
+    assert tree == {"a": {"b": 1}, "c": 2}
+    with pytest.raises(ValueError, match=r"'a.d' does not exist; did you mean 'a.b'"):
+        replaced(tree, {"a.d": 3})

@@ -74,8 +74,7 @@ def test_a_loaded_run_scores_as_at_the_end_of_training(finished, trained_run):
 
 
 def test_the_batch_of_the_evaluation_does_not_matter(finished, one_device):
-    tree = json.loads((finished.workdir / run.CONFIG_FILE).read_text())
-    this, state, _ = run.load_trained(finished.workdir, tree | {"accumulate": 4})
+    this, state, _ = run.load_trained(finished.workdir, {"accumulate": 4})
     assert this.eval_batch == 2
     scalars, _ = evaluate.evaluate(this, evaluate.compile_evaluate(this), state)
     assert scalars["eval/loss"] == pytest.approx(finished.scalars["eval/loss"], rel=1e-5)

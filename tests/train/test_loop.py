@@ -394,3 +394,10 @@ def test_a_token_outside_the_vocabulary_is_refused(finished, tmp_path, one_devic
 
 def test_the_config_file_is_whole(finished):
     assert (finished.workdir / "config.json").read_text() == to_json(lm_tree(finished.source))
+
+
+def test_other_data_are_refused_and_nothing_is_lost(finished, one_device):
+    tree = lm_tree(finished.source, data={"sequence_length": 16})
+    with pytest.raises(ValueError, match=r"other data.*data.sequence_length: 32 -> 16.*--workdir"):
+        train(tree, finished.workdir)
+    assert saved_steps(finished.workdir) == [16, 24]

@@ -55,7 +55,8 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        # One more than the largest id: the file of another project may leave gaps between ids.
+        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self.bos_id = _special_id(backend, _BOS_NAMES, name)
         self.eos_id = _special_id(backend, _EOS_NAMES, name)
         self._bytes_of = _byte_table(backend, name)
