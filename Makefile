@@ -4,8 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-WORKDIR ?= runs/lm_sotu
 CONFIG ?= configs/lm_sotu.py
+WORKDIR ?= runs/$(basename $(notdir $(CONFIG)))
 ARGS ?=
 
 .PHONY: train test lint clean
@@ -14,7 +14,7 @@ train: $(VENV)/.train
 	$(BIN)/python -m train --config=$(CONFIG) --workdir=$(WORKDIR) $(ARGS)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

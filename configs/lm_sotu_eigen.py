@@ -10,6 +10,12 @@ def get_config() -> ConfigDict:
     config = lm_sotu.get_config()
     update(
         config,
-        {"moe.router": "eigen", "moe.basis.rank": 64, "moe.routing.bias_rate": None},
+        {
+            "moe.router": "eigen",
+            "moe.basis.rank": 64,
+            "moe.basis.method": "retraction",
+            "moe.routing.bias_rate": None,
+            "optim.router_scale": 1.0,
+        },
     )
     return config

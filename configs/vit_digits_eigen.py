@@ -8,5 +8,6 @@ from train.config import update
 
 def get_config() -> ConfigDict:
     config = vit_digits.get_config()
-    update(config, {"moe.router": "eigen", "moe.basis.rank": 32})
+    eigen = {"moe.router": "eigen", "moe.basis.rank": 32, "moe.basis.method": "retraction"}
+    update(config, eigen)
     return config

@@ -255,14 +255,16 @@ def attend(
         segments: [B,S] int32.
         causal: whether a position sees only positions before and at itself.
         implementation: "xla" (any platform), "cudnn" (flash attention on GPU, bfloat16 or float16),
-            "splash" (flash attention on TPU, causal or not, S a multiple of 128), or "auto": splash
-            on TPU and cudnn on GPU where they take these shapes, xla otherwise.
+            "splash" (flash attention on one TPU, causal or not, S a multiple of 128), or "auto":
+            splash on TPU and cudnn on GPU where they take these shapes, xla otherwise.
 
     Returns:
         [B,S,H,dim].
     """
     if implementation == "auto":
-        implementation = choose_attention(query.shape, query.dtype, jax.default_backend())
+        implementation = choose_attention(
+            query.shape, query.dtype, jax.default_backend(), jax.device_count()
+        )
     if implementation == "splash":
         return _splash(query, key, value, segments, causal, interpret=False)
     same = segments[:, :, None] == segments[:, None, :]
@@ -272,13 +274,17 @@ def attend(
     )
 
 
-def choose_attention(shape: tuple[int, ...], dtype: Any, platform: str) -> str:
-    """The kernel that "auto" means for queries [B,S,H,dim] on a platform."""
+def choose_attention(shape: tuple[int, ...], dtype: Any, platform: str, devices: int = 1) -> str:
+    """The kernel that "auto" means for queries [B,S,H,dim] on devices of a platform.
+
+    Splash needs one device: the partitioner cannot split a Mosaic kernel. cuDNN takes no odd S with
+    a mask in training.
+    """
     _, S, _, dim = shape
-    if platform == "tpu" and S % 128 == 0 and dim % 128 == 0:
+    if platform == "tpu" and devices == 1 and S % 128 == 0 and dim % 128 == 0:
         return "splash"
     half = jnp.dtype(dtype).itemsize == 2
-    if platform in ("gpu", "cuda") and half and dim % 8 == 0 and dim <= 128 and S > 1:
+    if platform in ("gpu", "cuda") and half and dim % 8 == 0 and dim <= 128 and S % 2 == 0:
         return "cudnn"
     return "xla"
 

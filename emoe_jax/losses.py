@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -22,11 +23,11 @@ def chunked_cross_entropy(
     logits are neither stored nor computed twice, and the backward pass only scales.
 
     Args:
-        hidden: [T,D] in the compute dtype.
+        hidden: [T,D] or [B,S,D] in the compute dtype.
         head: [N,D] float32, one row a class; logits are hidden @ headᵀ, accumulated in float32.
-        targets: [T] int32 in [0,N).
-        weights: [T] float32; 0 leaves a token out. Not differentiated.
-        chunk: tokens at a time; T need not be a multiple.
+        targets: [T] or [B,S] int32 in [0,N).
+        weights: [T] or [B,S] float32; 0 leaves a token out. Not differentiated.
+        chunk: tokens at a time, at least one of each sequence; neither T nor S need be a multiple.
 
     Returns:
         Σ_t weights[t] · (-log softmax(logits_t)[targets_t]) in nats, scalar float32.
@@ -41,30 +42,40 @@ def chunked_cross_entropy(
 
 
 def _split(hidden: Array, targets: Array, weights: Array, chunk: int) -> tuple[Array, Array, Array]:
-    """Pads T to a multiple of the chunk with tokens of weight zero and folds it."""
-    T, D = hidden.shape
-    chunk = min(chunk, T)
-    pad = -T % chunk
-    hidden = jnp.pad(hidden, ((0, pad), (0, 0)))
-    targets, weights = jnp.pad(targets, (0, pad)), jnp.pad(weights, (0, pad))
-    return (
-        hidden.reshape(-1, chunk, D),
-        targets.reshape(-1, chunk),
-        weights.astype(jnp.float32).reshape(-1, chunk),
-    )
+    """Folds positions into chunks [n,...,c,D], padded with positions of weight zero.
+
+    Positions are cut, never sequences: on a mesh each device keeps the sequences that it holds.
+    """
+    *lead, S, D = hidden.shape
+    size = min(max(chunk // math.prod(lead), 1), S)
+    pad = -S % size
+
+    def fold(x: Array, tail: tuple[int, ...]) -> Array:
+        widths = [(0, 0)] * len(lead) + [(0, pad)] + [(0, 0)] * len(tail)
+        parts = jnp.pad(x, widths).reshape(*lead, -1, size, *tail)
+        return jnp.moveaxis(parts, len(lead), 0)
+
+    return fold(hidden, (D,)), fold(targets, ()), fold(weights.astype(jnp.float32), ())
+
+
+def _unfold(parts: Array, shape: tuple[int, ...]) -> Array:
+    """The inverse of the fold of hidden states [...,S,D], without the padding."""
+    *lead, S, D = shape
+    return jnp.moveaxis(parts, 0, len(lead)).reshape(*lead, -1, D)[..., :S, :]
 
 
 def _chunk_loss(head: Array, part: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-    """Weighted loss [], probabilities [c,N], and which class is the target [c,N] bool."""
+    """Weighted loss [], probabilities [...,c,N], and which class is the target, of that shape."""
     hidden, targets, weights = part
-    logits = jnp.einsum("td,nd->tn", hidden, head, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("...d,nd->...n", hidden, head, preferred_element_type=jnp.float32)
     logits = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     exponential = jnp.exp(logits)
     total = jnp.sum(exponential, axis=-1)
-    target = targets[:, None] == jnp.arange(head.shape[0], dtype=targets.dtype)[None, :]
+    classes = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+    target = targets[..., None] == classes
     chosen = jnp.sum(jnp.where(target, logits, 0.0), axis=-1)
     loss = jnp.sum(weights * (jnp.log(total) - chosen))
-    return loss, exponential / total[:, None], target
+    return loss, exponential / total[..., None], target
 
 
 def _forward(
@@ -75,15 +86,18 @@ def _forward(
     def add(carry: tuple[Array, Array], part: Any) -> tuple[tuple[Array, Array], Array]:
         total, head_gradient = carry
         loss, probs, target = _chunk_loss(low, part)
-        gap = ((probs - target.astype(jnp.float32)) * part[2][:, None]).astype(hidden.dtype)
-        hidden_gradient = jnp.einsum("tn,nd->td", gap, low, preferred_element_type=jnp.float32)
-        step = jnp.einsum("tn,td->nd", gap, part[0], preferred_element_type=jnp.float32)
+        gap = ((probs - target.astype(jnp.float32)) * part[2][..., None]).astype(hidden.dtype)
+        hidden_gradient = jnp.einsum("...n,nd->...d", gap, low, preferred_element_type=jnp.float32)
+        tokens = tuple(range(gap.ndim - 1))
+        step = jnp.tensordot(
+            gap, part[0], axes=(tokens, tokens), preferred_element_type=jnp.float32
+        )
         return (total + loss, head_gradient + step), hidden_gradient.astype(hidden.dtype)
 
     start = (jnp.zeros((), jnp.float32), jnp.zeros(head.shape, jnp.float32))
     parts = _split(hidden, targets, weights, chunk)
     (total, head_gradient), hidden_gradient = jax.lax.scan(add, start, parts)
-    hidden_gradient = hidden_gradient.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
+    hidden_gradient = _unfold(hidden_gradient, hidden.shape)
     kept = (hidden_gradient, head_gradient.astype(head.dtype), targets, weights)
     return total, kept
 

@@ -7,6 +7,7 @@ import pathlib
 from absl import flags
 from ml_collections import config_flags
 
+from emoe_jax.config import require
 from train import cli, tables
 from train.loop import train
 
@@ -14,6 +15,10 @@ from train.loop import train
 def main(argv: list[str]) -> None:
     """Trains an experiment and prints its result."""
     args = flags.FLAGS
+    require(
+        "://" not in args.workdir,
+        f"--workdir={args.workdir} is not a local folder; runs write to a mounted file system",
+    )
     scalars, rows = train(args.config, pathlib.Path(args.workdir))
     if args.json:
         tables.write_json(args.json, [{"layer": "all"} | scalars, *rows])

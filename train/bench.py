@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from emoe_jax.dispatch.dropless import sort_by_expert
-from emoe_jax.dispatch.rows import collect_rows, spread_rows
+from emoe_jax.dispatch import dropless
 from emoe_jax.grouped import grouped_matmul
+from emoe_jax.routers import Routing
 from train.tables import check_json_path, print_table, write_json
 
 # Its own flags, so that several programs can be imported in one process.
@@ -234,8 +234,8 @@ def _programs(kernel: str) -> dict[str, Step]:
 
 
 def _dense_mlp(rows: jax.Array, w_in: jax.Array, w_out: jax.Array) -> jax.Array:
-    """[M,D] by [D,F] and [F,D], or the same with a leading E everywhere."""
-    return jax.nn.gelu(rows @ w_in) @ w_out
+    """[M,D] by [D,F] and [F,D], or the same with a leading E everywhere; exact GELU."""
+    return jax.nn.gelu(rows @ w_in, approximate=False) @ w_out
 
 
 def _expert_mlp(
@@ -246,15 +246,15 @@ def _expert_mlp(
     w_out: jax.Array,
     indices: jax.Array,
 ) -> jax.Array:
-    T, K = indices.shape
-    order, _, sizes = sort_by_expert(indices.reshape(T * K), w_in.shape[0])
-    places = (
-        jnp.zeros_like(order).at[order].set(jnp.arange(T * K, dtype=jnp.int32), unique_indices=True)
-    )
-    places, sources = places.reshape(T, K), order // K
-    hidden = grouped_matmul(spread_rows(tokens, sources, places), w_in, sizes, backend=kernel)
-    rows = grouped_matmul(jax.nn.gelu(hidden), w_out, sizes, backend=kernel)
-    return collect_rows(rows * gates.reshape(T * K)[order, None], places, sources)
+    """The library's own dropless path, with the routing given."""
+    T, E = tokens.shape[0], w_in.shape[0]
+    none = jnp.zeros((), jnp.float32)
+    probs = jnp.zeros((T, E), jnp.float32)
+    routing = Routing(indices, gates.astype(jnp.float32), probs, none, {}, {})
+    groups = dropless.dispatch(tokens, routing, jnp.ones((T,), bool), 1.0)
+    hidden = grouped_matmul(groups.rows, w_in, groups.sizes, backend=kernel)
+    hidden = jax.nn.gelu(hidden, approximate=False)
+    return dropless.combine(grouped_matmul(hidden, w_out, groups.sizes, backend=kernel), groups)
 
 
 BENCHMARKS: dict[str, Callable[[], list[Row]]] = {"grouped": grouped}

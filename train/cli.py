@@ -14,7 +14,7 @@ from absl import logging as absl_logging
 
 from emoe_jax.checkpoint import CheckpointError
 from train import tables
-from train.config import flat_keys, unknown_key
+from train.config import flat_keys, unknown_key, update
 
 
 def run(main: Callable[[list[str]], Any]) -> None:
@@ -69,16 +69,20 @@ def define_trained_run() -> None:
     flags.DEFINE_multi_string(
         "override", [], "KEY=VALUE of its configuration, for example mesh.fsdp=1; repeatable."
     )
+    flags.DEFINE_string("step", "newest", "Checkpoint: newest, best (lowest loss), or its step.")
 
 
-def overrides() -> dict[str, Any]:
+def overrides(texts: Sequence[str]) -> dict[str, Any]:
     """What --override gives: dotted keys to Python values, to text where a value is none.
+
+    Args:
+        texts: each of the form KEY=VALUE.
 
     Raises:
         ValueError: not of the form KEY=VALUE.
     """
     values: dict[str, Any] = {}
-    for text in flags.FLAGS.override:
+    for text in texts:
         name, equals, value = text.partition("=")
         if not equals:
             raise ValueError(f"--override={text} is not of the form KEY=VALUE")
@@ -92,7 +96,13 @@ def overrides() -> dict[str, Any]:
 def _parse(argv: Sequence[str]) -> list[str]:
     try:
         _check_config(argv)
-        return flags.FLAGS(argv)
+        # A flag of a number does not parse None; the option is unset once the others are parsed.
+        unset = [arg for arg in argv if arg.startswith("--config.") and arg.endswith("=None")]
+        rest = flags.FLAGS([arg for arg in argv if arg not in unset])
+        if unset:
+            keys = (arg[len("--config.") : -len("=None")] for arg in unset)
+            update(flags.FLAGS.config, dict.fromkeys(keys))
+        return rest
     except (flags.Error, ValueError) as error:
         refuse(str(error))
 

@@ -39,7 +39,8 @@ class CheckpointConfig:
     Attributes:
         every: steps between checkpoints; the last step is always saved.
         keep_last: how many of the newest are kept.
-        keep_best: how many of the best by held-out loss are kept besides.
+        keep_best: how many of the best by held-out loss are kept besides, among those written at a
+            step that is evaluated (a multiple of eval_every).
     """
 
     every: int = 200

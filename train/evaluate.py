@@ -79,6 +79,10 @@ def evaluate(run: Run, evaluator: Evaluator, state: Tree) -> tuple[Scalars, Rows
         total = part if total is None else jax.tree.map(np.add, total, part)
         batches += 1
     sums = {name: float(value) for name, value in total["sums"].items()}
+    data = run.data
+    expected = data.heldout_targets if isinstance(data, TextData) else data.heldout_images
+    if sums["count"] != expected:
+        raise RuntimeError(f"scored {sums['count']:.0f} held-out targets, there are {expected}")
     scalars = {"eval/loss": sums["loss"] / sums["count"]}
     if isinstance(run.data, TextData):
         scalars["eval/bits_per_byte"] = sums["loss"] / math.log(2) / run.data.heldout_bytes
@@ -123,14 +127,15 @@ def print_evaluation(run: Run, scalars: Scalars, rows: Rows, step: int) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Evaluates the newest checkpoint of a run."""
-    workdir = pathlib.Path(flags.FLAGS.workdir)
-    run, state, step = load_trained(workdir, cli.overrides())
+    """Evaluates a checkpoint of a run."""
+    args = flags.FLAGS
+    workdir = pathlib.Path(args.workdir)
+    run, state, step = load_trained(workdir, cli.overrides(args.override), args.step)
     scalars, rows = evaluate(run, compile_evaluate(run), state)
     print_evaluation(run, scalars, rows, step)
-    if flags.FLAGS.json:
+    if args.json:
         result = {"layer": "all", "step": step} | scalars
-        tables.write_json(flags.FLAGS.json, [result, *rows])
+        tables.write_json(args.json, [result, *rows])
 
 
 if __name__ == "__main__":

@@ -18,8 +18,10 @@ from ml_collections import config_dict
 from emoe_jax.checkpoint import Checkpoints
 from emoe_jax.config import require
 from emoe_jax.grouped import resolve_backend
+from emoe_jax.sharding import replicated
 from train import sample
 from train.config import ExperimentConfig, changed_keys, digest, freeze, to_json
+from train.data.text import TextData
 from train.evaluate import (
     Evaluator,
     Rows,
@@ -120,6 +122,11 @@ def _describe(run: Run) -> None:
         run.config.model.moe.dispatch,
         _kernel(run.config.model.moe.dispatch),
     )
+    data = run.data
+    epoch = data.train_targets if isinstance(data, TextData) else data.train_images
+    passes = run.config.steps * run.units_per_step / max(epoch, 1)
+    if epoch:
+        LOGGER.info("%s training %s; %.2f passes over them", f"{epoch:,}", run.unit, passes)
 
 
 def _kernel(dispatch: str) -> str:
@@ -139,27 +146,36 @@ def _resume(run: Run, checkpoints: Checkpoints, step: int, batches: Any) -> Tree
         f"steps={run.config.steps}, but {workdir} is at step {step} already; set steps to {step} or"
         " more, or use another --workdir",
     )
-    changed = changed_keys(checkpoints.restore_meta(step), _data_identity(run.config))
+    restored = checkpoints.restore(step, run.abstract)
+    changed = changed_keys(restored.meta, identity(run.config))
     require(
         not changed,
-        f"the run in {workdir} was trained on other data, and its position in them means nothing"
-        f" here ({'; '.join(changed)}); set these keys back, or use another --workdir",
+        f"{workdir} holds a run of another model or of other data, in which its weights and its"
+        f" position in the data mean something else ({'; '.join(changed)}); set these keys back,"
+        " or use another --workdir",
     )
-    restored = checkpoints.restore(step, run.abstract)
     assert restored.data_state is not None
     batches.set_state(json.loads(restored.data_state))
     LOGGER.info("resuming %s from step %d", workdir, step)
     return restored.train_state
 
 
-def _data_identity(config: ExperimentConfig) -> Tree:
-    """What the position in the data depends on, as a JSON object."""
+FREE_OF_MODEL = ("attention", "remat", "dtype", "loss_chunk", "dispatch", "capacity_factor")
+"""Keys of the model that may change between starts of a run: how it is computed, not what."""
+
+
+def identity(config: ExperimentConfig) -> Tree:
+    """What the weights and the position in the data depend on, as a JSON object."""
+    model = json.loads(json.dumps(dataclasses.asdict(config.model)))
+    for tree in (model, model["moe"]):
+        for name in FREE_OF_MODEL:
+            tree.pop(name, None)
     data = {
         name: value
         for name, value in json.loads(json.dumps(dataclasses.asdict(config.data))).items()
         if not name.endswith("_dir")  # where the data lie may differ between machines
     }
-    return {"seed": config.seed, "batch": config.batch, "data": data}
+    return {"seed": config.seed, "batch": config.batch, "data": data, "model": model}
 
 
 class _Compilations:
@@ -227,7 +243,7 @@ def _steps(parts: _Parts, state: Tree, start: int) -> tuple[Tree, Any]:
             step,
             state,
             data_state=json.dumps(parts.batches.get_state()).encode(),
-            meta=_data_identity(config),
+            meta=identity(config),
             metrics=measured,
             force=last,
         )
@@ -302,7 +318,7 @@ def _tokens(run: Run) -> int:
 def _compile_train(run: Run, example: dict[str, np.ndarray]) -> Any:
     """The training step, compiled ahead of time: it cannot be compiled again by accident."""
     places = jax.tree.map(lambda leaf: leaf.sharding, run.abstract)
-    step = jax.jit(run.steps.train, donate_argnums=0, out_shardings=(places, None))
+    step = jax.jit(run.steps.train, donate_argnums=0, out_shardings=(places, replicated(run.mesh)))
     return step.lower(run.abstract, run.abstract_batch(example), jax.eval_shape(run.key)).compile()
 
 

@@ -216,13 +216,28 @@ def read_config(file: pathlib.Path) -> dict[str, Any]:
         ) from error
 
 
-def load_trained(workdir: pathlib.Path, overrides: Mapping[str, Any]) -> tuple[Run, Tree, int]:
-    """A finished or interrupted run, with the parameters of its newest checkpoint.
+def _choose_step(checkpoints: Checkpoints, which: str) -> int:
+    """The step that "newest", "best" or a number names."""
+    if which.isdigit():
+        return int(which)
+    require(which in ("newest", "best"), f"step={which!r} must be newest, best or a number")
+    step = checkpoints.best_step() if which == "best" else checkpoints.latest_step()
+    if step is None:
+        missing = "checkpoint of an evaluated step" if which == "best" else "finished checkpoint"
+        raise FileNotFoundError(f"{checkpoints.directory} holds no {missing} yet")
+    return step
+
+
+def load_trained(
+    workdir: pathlib.Path, overrides: Mapping[str, Any], which: str = "newest"
+) -> tuple[Run, Tree, int]:
+    """A finished or interrupted run, with the parameters of a checkpoint.
 
     Args:
         workdir: the run's folder.
         overrides: dotted keys of the experiment to be replaced, such as "mesh.fsdp" where there are
             other devices than in training.
+        which: the checkpoint: "newest", "best" (lowest held-out loss) or its step.
 
     Returns:
         The run; `params` and `router`; the step of the checkpoint.
@@ -240,8 +255,6 @@ def load_trained(workdir: pathlib.Path, overrides: Mapping[str, Any]) -> tuple[R
     run = build(freeze(replaced(read_config(file), overrides)), workdir)
     wanted = {name: run.abstract[name] for name in ("params", "router")}
     with Checkpoints(workdir / CHECKPOINTS, every=1, read_only=True) as checkpoints:
-        step = checkpoints.latest_step()
-        if step is None:
-            raise FileNotFoundError(f"{workdir / CHECKPOINTS} holds no finished checkpoint yet")
+        step = _choose_step(checkpoints, which)
         restored = checkpoints.restore(step, wanted, partial=True)
     return run, {"router": {}} | restored.train_state, step

@@ -145,7 +145,9 @@ def prompt_ids(run: Run, prompt: str, tokens: int) -> list[int]:
 def main(argv: list[str]) -> None:
     """Prints a continuation."""
     args = flags.FLAGS
-    run, state, step = load_trained(pathlib.Path(args.workdir), cli.overrides())
+    run, state, step = load_trained(
+        pathlib.Path(args.workdir), cli.overrides(args.override), args.step
+    )
     text = continue_text(
         run,
         state,

@@ -122,10 +122,9 @@ class EMoELM(nnx.Module):
             rows=batch["rows"],
             key=key,
         )
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        targets, weights = batch["targets"].reshape(-1), weights.reshape(-1)
         chunk = self.config.loss_chunk
-        return chunked_cross_entropy(flat, self._head(), targets, weights, chunk), aux
+        loss = chunked_cross_entropy(hidden, self._head(), batch["targets"], weights, chunk)
+        return loss, aux
 
     def init_cache(self, batch: int, length: int) -> Tree:
         """Empty key-value caches for `decode`, for up to `length` positions."""

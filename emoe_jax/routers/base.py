@@ -116,7 +116,8 @@ def router_options(config: MoEConfig, router: type[Router], **defaults: Any) -> 
         require(
             name in router.OPTIONS,
             f"routing.{name}={given[name]!r} is set, but the router {config.router!r} does not read"
-            f" it; it reads: {', '.join(sorted(router.OPTIONS)) or 'no option'}",
+            " it; set it to None (it reads"
+            f" {', '.join(sorted(router.OPTIONS)) or 'no option'})",
         )
     return defaults | given
 

@@ -104,7 +104,11 @@ def balance_loss(probs: Array, indices: Array, real: Array) -> Array:
 
 
 def z_loss(scores: Array, real: Array) -> Array:
-    """Mean over tokens of logsumexp(scores)² (arXiv 2202.08906, equation 5)."""
+    """Mean over tokens of logsumexp(scores)² (arXiv 2202.08906, equation 5).
+
+    Over microbatches of unequal numbers of real tokens the mean of means is not this mean: with
+    padding, its value depends on how a batch is split.
+    """
     return mean_over(jnp.square(jax.nn.logsumexp(scores, axis=-1)), real)
 
 

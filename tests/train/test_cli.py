@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import pytest
 
+from train import cli
+
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = "--config=configs/lm_tiny.py"
 
@@ -21,6 +23,16 @@ CASES = {
     "no workdir": ["train", TINY],
     "unknown flag": ["train", TINY, "--workdir={}", "--nonsense=1"],
     "json nowhere": ["train", TINY, "--workdir={}", "--json={}/absent/table.json"],
+    "workdir is remote": ["train", TINY, "--workdir=gs://bucket/run"],
+    # The option of lm_sotu that eigen does not read is unset, so that the next error is met.
+    "option unset": [
+        "train",
+        "--config=configs/lm_sotu.py",
+        "--workdir={}",
+        "--config.moe.router=eigen",
+        "--config.moe.routing.bias_rate=None",
+        "--config.batch=0",
+    ],
     "workdir is a file": ["train", TINY, "--workdir=LICENSE"],
     "evaluate without run": ["train.evaluate", "--workdir={}"],
     "sample without run": ["train.sample", "--workdir={}", "--prompt=The"],
@@ -78,6 +90,8 @@ def start(arguments: list[str], folder: pathlib.Path) -> subprocess.Popen[str]:
         ("unknown flag", "Unknown command line flag 'nonsense'"),
         ("json nowhere", "/absent does not exist"),
         ("workdir is a file", "LICENSE"),
+        ("workdir is remote", "--workdir=gs://bucket/run is not a local folder"),
+        ("option unset", "batch=0 must be above zero"),
         ("evaluate without run", "holds no run: there is no config.json; train one there with"),
         ("sample without run", "holds no run: there is no config.json; train one there with"),
     ],
@@ -101,3 +115,15 @@ def test_a_trace_is_shown_to_those_who_ask(tmp_path):
     assert process.returncode == 1
     assert "Traceback" in err
     assert "FileNotFoundError" in err
+
+
+def test_overrides_are_python_values_or_text():
+    texts = ["mesh.fsdp=2", "data.sources=('a', 'b')", "prompt=The = union", "moe.router=eigen"]
+    assert cli.overrides(texts) == {
+        "mesh.fsdp": 2,
+        "data.sources": ("a", "b"),
+        "prompt": "The = union",
+        "moe.router": "eigen",
+    }
+    with pytest.raises(ValueError, match="--override=steps is not of the form KEY=VALUE"):
+        cli.overrides(["steps"])

@@ -102,7 +102,7 @@ def test_mixture_keeps_the_weights_row_by_row(tmp_path: pathlib.Path) -> None:
     sources = []
     for letter in "ab":
         (tmp_path / letter).mkdir()
-        sources.append(write_documents(tmp_path / letter, [letter * 40] * 6))
+        sources.append(write_documents(tmp_path / letter, [letter * (40 + i) for i in range(6)]))
     config = TextConfig(
         sources=tuple(sources), weights=(3.0, 1.0), tokenizer="bytes", sequence_length=S
     )
@@ -184,7 +184,6 @@ def test_run_goes_on_with_its_own_tokenizer(tmp_path: pathlib.Path) -> None:
     run = tmp_path / "run" / "tokenizer.json"
     config = byte_config(source, tokenizer="bpe", vocab_size=262, cache_dir=str(tmp_path / "cache"))
     first = load_text(config, tokenizer_path=run)
-    write_documents(tmp_path, ["held", "quite another text by now", "with more words"])
     second = load_text(config, tokenizer_path=run)
     text = "the cat"
     np.testing.assert_array_equal(second.tokenizer.encode(text), first.tokenizer.encode(text))
@@ -194,6 +193,25 @@ def test_run_goes_on_with_its_own_tokenizer(tmp_path: pathlib.Path) -> None:
         load_text(byte_config(source, tokenizer=str(run), vocab_size=300))
     with pytest.raises(ValueError, match=r"tokenizer\.json has 262 ids"):
         load_text(byte_config(source), tokenizer_path=run)
+
+
+def test_a_run_refuses_other_documents(tmp_path: pathlib.Path) -> None:
+    source = write_documents(tmp_path, ["held", "the cat", "the dog"])
+    run = tmp_path / "run" / "tokenizer.json"
+    load_text(byte_config(source), tokenizer_path=run)
+    write_documents(tmp_path, ["held", "the cat", "another"])
+    with pytest.raises(ValueError, match=r"the train documents are not those.*--workdir"):
+        load_text(byte_config(source), tokenizer_path=run)
+    write_documents(tmp_path, ["other", "the cat", "the dog"])
+    with pytest.raises(ValueError, match=r"the heldout documents are not those"):
+        load_text(byte_config(source), tokenizer_path=run)
+
+
+def test_what_is_held_out_is_not_trained_on_though_it_is_repeated(tmp_path: pathlib.Path) -> None:
+    data = load_text(byte_config(write_documents(tmp_path, ["held", "text", "held"])))
+    assert data.train_targets == 4 + 1
+    with pytest.raises(ValueError, match=r"every training document .* is held out as well"):
+        load_text(byte_config(write_documents(tmp_path, ["held", "held", "held"])))
 
 
 def test_vocab_size_of_bytes(tmp_path: pathlib.Path) -> None:

@@ -164,7 +164,7 @@ def test_a_damaged_config_is_named(tmp_path):
 
 def test_the_program_writes_its_table(finished, one_device, tmp_path, monkeypatch):
     class Flags:
-        workdir = str(finished.workdir)
+        workdir, override, step = str(finished.workdir), ["accumulate=4"], "best"
         json = str(tmp_path / "table.json")
 
     monkeypatch.setattr(evaluate, "flags", types.SimpleNamespace(FLAGS=Flags))

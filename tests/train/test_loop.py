@@ -398,6 +398,12 @@ def test_the_config_file_is_whole(finished):
 
 def test_other_data_are_refused_and_nothing_is_lost(finished, one_device):
     tree = lm_tree(finished.source, data={"sequence_length": 16})
-    with pytest.raises(ValueError, match=r"other data.*data.sequence_length: 32 -> 16.*--workdir"):
+    with pytest.raises(ValueError, match=r"other data.*sequence_length: 32 -> 16.*--workdir"):
         train(tree, finished.workdir)
     assert saved_steps(finished.workdir) == [16, 24]
+
+
+def test_another_model_of_the_same_shapes_is_refused(finished, one_device):
+    tree = lm_tree(finished.source, moe={"top_k": 1})
+    with pytest.raises(ValueError, match=r"another model.*model.moe.top_k: 2 -> 1"):
+        train(tree, finished.workdir)

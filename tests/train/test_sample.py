@@ -148,6 +148,7 @@ def test_the_program_prints_prompt_and_continuation(
 ):
     class Flags:
         workdir, prompt = str(finished.workdir), "the "
+        override, step = ["accumulate=2"], "24"
         tokens, temperature, top_k, seed = 6, 0.8, 0, 0
         json = str(tmp_path / "text.json")
 

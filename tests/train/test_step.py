@@ -188,14 +188,21 @@ def test_one_pull_back_equals_plain_differentiation():
     chex.assert_trees_all_close(state["opt"]["1"]["0"]["mu"], expected, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("router", ["loss_free", "eigen"])
-def test_eight_devices_equal_one(router):
+@pytest.mark.parametrize(
+    ("router", "mesh", "shard"),
+    [
+        ("loss_free", {"data": 2, "fsdp": 2, "tensor": 2}, (1, 8, 8)),
+        ("eigen", {"data": 2, "expert": 4}, (1, 16, 16)),
+        ("eigen", {"fsdp": 2, "expert": 2, "tensor": 2}, (1, 8, 8)),
+    ],
+)
+def test_eight_devices_equal_one(router, mesh, shard):
     assert len(jax.devices()) == 8
     moe = (EIGEN if router == "eigen" else {"router": router}) | {"dispatch": "dropless"}
-    tree = small_tree(moe, mesh={"data": 2, "fsdp": 2, "tensor": 2})
+    tree = small_tree(moe, mesh=mesh)
     spread = Trainer(tree, sharding.make_mesh(freeze(tree).mesh))
     kernel = spread.start()["params"]["blocks"]["groups"]["0"]["attention"]["query"]["kernel"]
-    assert kernel.addressable_shards[0].data.shape == (1, 8, 8)  # [1,16,16] over fsdp and tensor
+    assert kernel.addressable_shards[0].data.shape == shard  # [1,16,16] over fsdp and tensor
     state, history = spread.run([text_batch(i) for i in range(3)])
     alone, histories = trained(router)
     chex.assert_trees_all_close(state["params"], alone["params"], rtol=1e-4, atol=1e-5)

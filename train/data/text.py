@@ -1,12 +1,15 @@
 """Text for language models: documents in, packed rows of ids out.
 
 Training rows are endless, seeded and exactly restorable. Held-out documents are scored in
-overlapping windows, every target once, so that bits per byte do not depend on batch or row length
-more than through the context that a target sees.
+overlapping windows, every target once. What a model then scores depends on the windows only through
+the context that a target sees (and, with dispatch "capacity", through what else is in its batch).
 """
 
 import dataclasses
 import functools
+import hashlib
+import json
+import logging
 import pathlib
 from collections.abc import Iterator, Sequence
 
@@ -16,9 +19,14 @@ from grain import experimental as grain_experimental
 
 from train.data import packing, shards, sources
 from train.data.config import BYTE_VOCABULARY, TextConfig
-from train.data.tokenizer import Tokenizer, byte_tokenizer, cached_bpe
+from train.data.tokenizer import Tokenizer, byte_tokenizer, cached_bpe, write_atomically
 
 __all__ = ["TextConfig", "TextData", "load_text"]
+
+SPLIT = "split.json"
+"""File beside a run's tokenizer: digests of its training and held-out documents."""
+
+LOGGER = logging.getLogger(__name__)
 
 _PREFETCH = 2
 """Batches that a thread makes ready while the model computes."""
@@ -158,11 +166,16 @@ def load_text(config: TextConfig, *, tokenizer_path: pathlib.Path | None = None)
         The data.
 
     Raises:
-        ValueError: If a document or the tokenizer does not fit the configuration.
+        ValueError: If a document or the tokenizer does not fit the configuration, nothing is left
+            to train on, or the run was begun with other documents.
         FileNotFoundError: If files or a prepared dataset are missing.
         ModuleNotFoundError: If a package is missing.
     """
-    documents = [sources.load_documents(source, config) for source in config.sources]
+    documents = _without_heldout(
+        [sources.load_documents(source, config) for source in config.sources]
+    )
+    if tokenizer_path is not None:
+        _check_record(documents, tokenizer_path.with_name(SPLIT))
     tokenizer = _load_tokenizer(config, documents, tokenizer_path)
     heldout = [text for each in documents for text in each.heldout if text]
     if not heldout:
@@ -176,6 +189,60 @@ def load_text(config: TextConfig, *, tokenizer_path: pathlib.Path | None = None)
         _documents=tuple(documents),
         _heldout=framed,
     )
+
+
+def _without_heldout(documents: Sequence[sources.Documents]) -> list[sources.Documents]:
+    """Takes out of the training documents those that are held out too.
+
+    Sources may overlap, and corpora repeat documents: what is scored must not have been seen.
+    Streamed sources have splits of their own and are left as they are.
+    """
+    held = {_hash(text) for each in documents for text in each.heldout}
+    kept = []
+    for each in documents:
+        if each.streamed:
+            kept.append(each)
+            continue
+        train = tuple(text for text in each.train if _hash(text) not in held)
+        if not train:
+            raise ValueError(
+                f"every training document of {each.source!r} is held out as well; remove"
+                " repetitions, or sources that overlap"
+            )
+        if len(train) < len(each.train):
+            count = len(each.train) - len(train)
+            LOGGER.warning(
+                "%s: %d training documents are held out too; dropped", each.source, count
+            )
+        kept.append(dataclasses.replace(each, train=train))
+    return kept
+
+
+def _check_record(documents: Sequence[sources.Documents], record: pathlib.Path) -> None:
+    """Refuses other documents than a run was begun with; records them where it begins.
+
+    Otherwise what its model or tokenizer has seen could be scored as held out.
+    """
+    split = {
+        "train": [_hash(text) for each in documents if not each.streamed for text in each.train],
+        "heldout": sorted(_hash(text) for each in documents for text in each.heldout),
+    }
+    here = {side: _hash("".join(digests)) for side, digests in split.items()}
+    if not record.is_file():
+        write_atomically(record, json.dumps(here) + "\n")
+        return
+    begun = json.loads(record.read_text(encoding="utf-8"))
+    changed = [side for side in here if here[side] != begun.get(side)]
+    if changed:
+        raise ValueError(
+            f"the {' and '.join(changed)} documents are not those that this run was begun with"
+            f" ({record}): its tokenizer or model may have seen what is held out now; restore the"
+            " documents and data.* keys, or use another --workdir"
+        )
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def _load_tokenizer(

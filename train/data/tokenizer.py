@@ -121,7 +121,7 @@ class Tokenizer:
         Raises:
             OSError: If it cannot be written.
         """
-        _write_atomically(pathlib.Path(path), self._backend.to_str(pretty=True))
+        write_atomically(pathlib.Path(path), self._backend.to_str(pretty=True))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
@@ -294,7 +294,7 @@ def _special_id(backend: tokenizers.Tokenizer, names: Sequence[str], name: str) 
     )
 
 
-def _write_atomically(path: pathlib.Path, text: str) -> None:
+def write_atomically(path: pathlib.Path, text: str) -> None:
     """Writes a file under another name and renames it, for readers that come in between."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
