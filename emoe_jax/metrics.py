@@ -38,7 +38,7 @@ def normalized_entropy(load: Array) -> Array:
     """-Σ load_k ln load_k / ln E: 1 at balance, 0 with one expert (and for E = 1)."""
     share = load_shares(load)
     entropy = -jnp.sum(jax.scipy.special.xlogy(share, share), axis=-1)
-    return entropy / jnp.log(jnp.float32(max(load.shape[-1], 2)))
+    return jnp.abs(entropy) / jnp.log(jnp.float32(max(load.shape[-1], 2)))
 
 
 def dead_experts(load: Array) -> Array:

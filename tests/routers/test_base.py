@@ -152,8 +152,8 @@ def test_options_that_a_router_does_not_read_are_refused(name):
             build(name, **{option: value})
             continue
         words = (
-            f"routing.{option}={value!r} is set, but the router {name!r} does not read it; it"
-            f" reads: {', '.join(sorted(reads)) or 'no option'}"
+            f"routing.{option}={value!r} is set, but the router {name!r} does not read it; set it"
+            f" to None (it reads {', '.join(sorted(reads)) or 'no option'})"
         )
         with pytest.raises(ValueError, match=re.escape(words)):
             build(name, **{option: value})
