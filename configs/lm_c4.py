@@ -1,8 +1,8 @@
 """Language model of pod size on C4: 16 blocks, 64 experts, top-8.
 
-About 6.9 billion parameters, 1.3 billion of them active per token (the shape of OLMoE,
-arXiv 2409.02060). Data: tensorflow-datasets `c4/en`. Hardware: a TPU v5p-128. Time and result: not
-run.
+About 6.9 billion parameters, 1.2 billion of them active per token (the shape of OLMoE,
+arXiv 2409.02060). Data: tensorflow-datasets `c4/en`. Hardware: a TPU v5p-128,
+which has several hosts; the program cannot start on several hosts yet. Time and result: not run.
 
     python -m train --config=configs/lm_c4.py --workdir=runs/lm_c4
 """

@@ -1,4 +1,10 @@
-"""configs/vit_digits.py with the paper's router, as released."""
+"""configs/vit_digits.py with the paper's router, as released.
+
+The basis is retracted by QR and its gradient is that of a free matrix, as in the release.
+Data: load_digits. Hardware: two CPU cores. Time: DIGITS_EIGEN_TIME. Result: DIGITS_EIGEN_RESULT
+
+    python -m train --config=configs/vit_digits_eigen.py --workdir=runs/vit_digits_eigen
+"""
 
 from ml_collections import ConfigDict
 

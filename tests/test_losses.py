@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from emoe_jax.losses import chunked_cross_entropy, cross_entropy
 
@@ -113,3 +114,39 @@ def test_cross_entropy_of_soft_labels_by_hand():
     gradient = jax.grad(lambda x: jnp.sum(cross_entropy(x, labels)))(logits)
     np.testing.assert_allclose(gradient, [[0.25, -0.25], [0.75, -0.75]], atol=1e-6)
     assert cross_entropy(logits.astype(jnp.bfloat16), labels).dtype == jnp.float32
+
+
+def test_sequences_stay_on_their_devices():
+    # [B,S,D] with B over eight devices: the hidden states are never gathered.
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    hidden = jax.ShapeDtypeStruct((8, 6, 4), jnp.float32, sharding=rows)
+    targets = jax.ShapeDtypeStruct((8, 6), jnp.int32, sharding=rows)
+    weights = jax.ShapeDtypeStruct((8, 6), jnp.float32, sharding=rows)
+    head = jax.ShapeDtypeStruct((5, 4), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+
+    def gradients(hidden, head, targets, weights):
+        def loss(hidden, head):
+            return chunked_cross_entropy(hidden, head, targets, weights, 16)
+
+        return jax.value_and_grad(loss, (0, 1))(hidden, head)
+
+    compiled = jax.jit(gradients).lower(hidden, head, targets, weights).compile()
+    assert "all-reduce" in compiled.as_text()
+    assert "all-gather" not in compiled.as_text()
+
+
+def test_sequences_equal_their_tokens():
+    # Five positions of three sequences in chunks of two positions: the last is padded.
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.standard_normal((3, 5, 4)), jnp.float32)
+    head = jnp.asarray(rng.standard_normal((7, 4)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, 7, (3, 5)), jnp.int32)
+    weights = jnp.asarray(rng.uniform(size=(3, 5)), jnp.float32)
+    whole = jax.value_and_grad(chunked_cross_entropy, (0, 1))
+    value, (d_hidden, d_head) = whole(hidden, head, targets, weights, 6)
+    flat = hidden.reshape(15, 4), head, targets.reshape(15), weights.reshape(15), 15
+    expected, (e_hidden, e_head) = whole(*flat)
+    chex.assert_trees_all_close(
+        (value, d_hidden.reshape(15, 4), d_head), (expected, e_hidden, e_head), rtol=1e-5, atol=1e-6
+    )
