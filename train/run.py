@@ -119,7 +119,7 @@ def _check_ids(batch: Mapping[str, np.ndarray], vocab_size: int) -> None:
             require(
                 0 <= outside < vocab_size,
                 f"{name} hold id {outside}, but the model's vocabulary has {vocab_size} ids, 0 to"
-                f" {vocab_size - 1}; give a data.tokenizer whose ids have no gaps",
+                f" {vocab_size - 1}; use the run's own tokenizer",
             )
 
 
