@@ -22,10 +22,13 @@ BACKENDS = ("auto", "ragged_dot", "cpu")
 # and half a step, 8 % of the rows, is wasted. More sizes measured no faster and compile slower.
 _TAILS = 8
 _STEPS_PER_MEAN = 6
-# A step is whole vector registers. Blocks of more than 512 rows leave the cache between the slice,
-# the product and the write (measured at D=512, F=1024).
+# A step is whole vector registers. Where rows are written, blocks of more than 512 rows leave the
+# cache between the slice, the product and the write. A weight's gradient is read and written again
+# for each block after the first, so its blocks may be four times as long (both measured at D=512,
+# F=1024).
 _STEP_MULTIPLE = 8
-_STEP_LIMIT = 64
+_ROWS_STEP_LIMIT = 64
+_WEIGHTS_STEP_LIMIT = 256
 
 _ROWS_BY_MATRIX = (((1,), (0,)), ((), ()))
 _ROWS_BY_TRANSPOSE = (((1,), (1,)), ((), ()))
@@ -216,7 +219,7 @@ def _ragged_weights(rows: Array, d_out: Array, sizes: Array) -> Array:
 # --- backend "cpu" ----------------------------------------------------------------------------
 
 
-def _block_sizes(M: int, E: int) -> tuple[int, ...]:
+def _block_sizes(M: int, E: int, step_limit: int) -> tuple[int, ...]:
     """Static row counts of the products, rising; the last is the block that is repeated.
 
     Few sizes keep compilation short; a size near the mean load keeps one product an expert, so
@@ -224,7 +227,7 @@ def _block_sizes(M: int, E: int) -> tuple[int, ...]:
     """
     mean = -(-M // E)
     step = -(-mean // (_STEPS_PER_MEAN * _STEP_MULTIPLE)) * _STEP_MULTIPLE
-    step = min(step, _STEP_LIMIT)
+    step = min(step, step_limit)
     return tuple(sorted({min(step * i, M) for i in range(1, _TAILS + 1)}))
 
 
@@ -295,7 +298,7 @@ def _cpu_rows(
     overwritten by the experts after it, or zeroed at the end.
     """
     M, E, width = rows.shape[0], *_matrix_shape(weights, dimensions)
-    blocks = _block_sizes(M, E)
+    blocks = _block_sizes(M, E, _ROWS_STEP_LIMIT)
     ends = jnp.cumsum(sizes, dtype=jnp.int32)
 
     def block_product(i: Array, out: Array, matrix: Array, start: Array, *, count: int) -> Array:
@@ -338,7 +341,7 @@ def _cpu_weights(rows: Array, d_out: Array, sizes: Array) -> Array:
     The tail is written first, then full blocks are added: a balanced expert has only a tail.
     """
     M, D, F, E = rows.shape[0], rows.shape[1], d_out.shape[1], sizes.shape[0]
-    blocks = _block_sizes(M, E)
+    blocks = _block_sizes(M, E, _WEIGHTS_STEP_LIMIT)
     ends = jnp.cumsum(sizes, dtype=jnp.int32)
 
     def tail_product(i: Array, out: Array, e: Array, start: Array, *, count: int) -> Array:

@@ -1,7 +1,8 @@
 """Evaluation on held-out data: python -m train.evaluate --workdir=DIR [--json=FILE].
 
 Language models: bits per byte, all nats of every held-out document (the first token and the end
-included) over its raw UTF-8 bytes. Vision: accuracy. Both: the routing of every expert layer.
+included) over its raw UTF-8 bytes. Vision: accuracy. Both: the routing of every expert layer, over
+all tokens that were read: windows of text overlap by half, so most of a long document counts twice.
 """
 
 from __future__ import annotations

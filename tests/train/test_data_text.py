@@ -118,13 +118,10 @@ def test_mixture_keeps_the_weights_row_by_row(tmp_path: pathlib.Path) -> None:
 # Held-out windows
 
 
-@pytest.mark.parametrize("stride", [None, 1, 5, S])
 @pytest.mark.parametrize("batch", [1, 4])
-def test_heldout_scores_each_target_exactly_once(
-    data: TextData, stride: int | None, batch: int
-) -> None:
+def test_heldout_scores_each_target_exactly_once(data: TextData, batch: int) -> None:
     scored: dict[int, int] = {}
-    batches = list(data.heldout_batches(batch, stride=stride))
+    batches = list(data.heldout_batches(batch))
     for arrays in batches:
         chex.assert_shape(list(arrays.values()), (batch, S))
         assert arrays["scored"].dtype == bool
@@ -137,7 +134,7 @@ def test_heldout_scores_each_target_exactly_once(
     assert scored == {**expected, data.tokenizer.eos_id: 3}
     assert sum(scored.values()) == data.heldout_targets
     assert data.heldout_bytes == 3 + 37 + 13
-    chex.assert_trees_all_equal(batches, list(data.heldout_batches(batch, stride=stride)))
+    chex.assert_trees_all_equal(batches, list(data.heldout_batches(batch)))
 
 
 def test_heldout_windows_by_hand(tmp_path: pathlib.Path) -> None:
@@ -231,5 +228,3 @@ def test_arguments_of_the_iterators(data: TextData) -> None:
         data.train_iterator(4, seed=0, process_index=2, process_count=2)
     with pytest.raises(ValueError, match="seed=-1"):
         data.train_iterator(4, seed=-1)
-    with pytest.raises(ValueError, match=r"stride=17 must lie between 1 and .*=16"):
-        data.heldout_batches(4, stride=17)

@@ -121,19 +121,17 @@ class TextData:
         self,
         batch: int,
         *,
-        stride: int | None = None,
         process_index: int = 0,
         process_count: int = 1,
     ) -> Iterator[dict[str, np.ndarray]]:
         """Yields batches that score every held-out target exactly once, always in the same order.
 
-        A document is read in windows of S positions that begin `stride` apart; a window scores
-        what the window before it did not reach. Windows that are short are packed together.
+        A document is read in windows of S positions that begin S // 2 apart; a window scores what
+        the window before it did not reach, so that every target but a document's first S has at
+        least S // 2 positions of context. Windows that are short are packed together.
 
         Args:
             batch: Rows of the global batch; B = batch // process_count rows come from here.
-            stride: From 1 to S; default S // 2, so that every target but a document's first S has
-                at least S // 2 positions of context.
             process_index: This process.
             process_count: Processes that share the batch; all get the same number of batches.
 
@@ -142,13 +140,11 @@ class TextData:
             context and for padding. Rows that pad the last batch have segments 0.
 
         Raises:
-            ValueError: If the processes do not divide the batch, or the stride is out of range.
+            ValueError: If the processes do not divide the batch.
         """
         S = self.config.sequence_length
         rows_here = shards.rows_per_process(batch, process_index, process_count)
-        stride = S // 2 if stride is None else stride
-        if not 1 <= stride <= S:
-            raise ValueError(f"stride={stride} must lie between 1 and data.sequence_length={S}")
+        stride = max(1, S // 2)
         batches = packing.heldout_rows(self._heldout, batch=batch, sequence_length=S, stride=stride)
         mine = slice(process_index * rows_here, (process_index + 1) * rows_here)
         return ({key: rows[mine] for key, rows in arrays.items()} for arrays in batches)
