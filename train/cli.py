@@ -28,7 +28,7 @@ def run(main: Callable[[list[str]], Any]) -> None:
 
     def guarded(argv: list[str]) -> None:
         # absl has just set its own level to INFO, at which orbax tells of every file it writes.
-        if flags.FLAGS["verbosity"].using_default_value:
+        if not flags.FLAGS["verbosity"].present:
             absl_logging.set_verbosity(absl_logging.WARNING)
         try:
             _check_json_path()
