@@ -135,6 +135,23 @@ def prepare_bases(params: Tree, method: str = "qr") -> Tree:
     return map_bases(lambda weight: orthonormalize(weight, method), params)
 
 
+def prepare_in_pass(weight: Array, method: str = "qr") -> Array:
+    """The basis of one training pass, where `prepare_bases` was not called before it.
+
+    "qr" and "cholesky_qr" factorise the weight, gradients pass through. "retraction" is the paper's
+    released code: the forward pass sees the Q factor as LAPACK gives it, whatever its signs, and
+    the gradient is that of this Q as a free matrix.
+
+    Args:
+        weight: [...,D,R].
+        method: see `orthonormalize`.
+    """
+    if method != "retraction":
+        return orthonormalize(weight, method)
+    # w - stop(w) is an exact zero that carries the gradient.
+    return lax.stop_gradient(jnp.linalg.qr(weight)[0]) + (weight - lax.stop_gradient(weight))
+
+
 def orthonormality_error(basis: Array) -> Array:
     """Largest |QᵀQ - I| of a basis [...,D,R], shape [...]."""
     return jnp.max(jnp.abs(_gram_gap(basis)), axis=(-2, -1))

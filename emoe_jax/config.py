@@ -46,10 +46,13 @@ class BasisConfig:
             weight, gradients pass through the factorisation. "cholesky_qr": the same map, computed
             by Cholesky-QR done twice. "retraction": gradients see the basis as a free matrix and
             the optimizer's step is retracted by QR, as in the paper's code.
+        companion: whether the router keeps the release's second basis P and its log_lambda, which
+            never reach the output and which its checkpoints hold (see docs/paper.md).
     """
 
     rank: int = 128
     method: str = "qr"
+    companion: bool = False
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -212,17 +215,27 @@ class ViTConfig:
         image_size: side of the square images in pixels, a multiple of `patch`.
         patch: side of a patch in pixels.
         channels: image channels.
-        classes: N, number of classes.
+        classes: N, number of classes; 0 for no head: the model then gives pooled features.
         width: D.
         depth: number of blocks.
         heads: H.
         head_dim: width of one head; 0 means width / heads.
         mlp_hidden: hidden width of the dense MLP in blocks without experts, and in all blocks of
             the adapter form.
-        pooling: "class" (a class token) or "mean" (mean over patches).
+        pooling: "class" (the class token) or "mean" (mean over patches).
+        class_token: whether there is a class token though pooling is "mean".
+        distilled: whether a distillation token follows the class token, with a head of its own; the
+            logits are the mean of both heads' (arXiv 2012.12877).
+        registers: number of register tokens behind the class token (arXiv 2309.16588).
+        embed_prefix: whether class, distillation and register tokens have learned positions.
+        norm_after_pooling: whether the last norm stands behind the pooling.
+        layer_scale: initial value of the factors of each block's branches (arXiv 2103.17239), 0 for
+            none.
+        qk_norm: whether queries and keys are normalised (LayerNorm) before attention.
+        qkv_bias: whether the maps to queries, keys and values have biases.
         moe_form: "mlp": experts replace the MLP of the chosen blocks. "adapter": experts stand
-            after the whole block as a branch h + alpha * MoE(h), the paper's form, past which the
-            class token goes untouched.
+            after the whole block as a branch h + alpha * MoE(h), the paper's form.
+        route_class: whether the class token takes the adapter's branch too; otherwise it passes by.
         moe_every: as in `LMConfig`.
         moe_blocks: as in `LMConfig`.
         attention: as in `LMConfig`.
@@ -241,7 +254,16 @@ class ViTConfig:
     head_dim: int = 0
     mlp_hidden: int = 512
     pooling: str = "mean"
+    class_token: bool = False
+    distilled: bool = False
+    registers: int = 0
+    embed_prefix: bool = True
+    norm_after_pooling: bool = False
+    layer_scale: float = 0.0
+    qk_norm: bool = False
+    qkv_bias: bool = True
     moe_form: str = "mlp"
+    route_class: bool = False
     moe_every: int = 1
     moe_blocks: tuple[int, ...] = ()
     attention: str = "auto"
@@ -255,7 +277,6 @@ class ViTConfig:
             image_size=self.image_size,
             patch=self.patch,
             channels=self.channels,
-            classes=self.classes,
             mlp_hidden=self.mlp_hidden,
         )
         _check_trunk(self)
@@ -265,7 +286,30 @@ class ViTConfig:
         )
         require_choice("pooling", self.pooling, ("class", "mean"))
         require_choice("moe_form", self.moe_form, ("mlp", "adapter"))
+        require(self.classes >= 0, f"classes={self.classes} is below zero; 0 means no head")
+        require(self.registers >= 0, f"registers={self.registers} is below zero")
+        require(self.layer_scale >= 0, f"layer_scale={self.layer_scale} is below zero")
+        require(
+            not self.distilled or (self.pooling == "class" and not self.registers),
+            f"distilled needs pooling='class' and no registers, got pooling={self.pooling!r} and"
+            f" registers={self.registers}",
+        )
+        require(
+            not self.route_class or (self.moe_form == "adapter" and self.has_class_token),
+            "route_class is set, but there is no adapter with a class token to take; set it to"
+            " False, or moe_form to 'adapter' and pooling to 'class'",
+        )
         require_choice("attention", self.attention, ATTENTION)
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether a class token stands before the patches."""
+        return self.class_token or self.pooling == "class"
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before the patches: class, distillation, registers."""
+        return self.has_class_token + self.distilled + self.registers
 
 
 def _check_trunk(config: LMConfig | ViTConfig) -> None:

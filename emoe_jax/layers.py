@@ -154,8 +154,9 @@ class Attention(nnx.Module):
         head_dim: width of a head.
         causal: whether a position sees only earlier ones of its segment.
         rope_base: base of the rotary frequencies, None for no rotary positions.
-        qk_norm: RMS norm of queries and keys (arXiv 2302.05442, section 2).
-        bias: whether the linear maps have biases.
+        qk_norm: norm of queries and keys (arXiv 2302.05442, section 2), None for none.
+        bias: whether the maps to queries, keys and values have biases.
+        out_bias: whether the map behind them has one.
         implementation: see `attend`.
         dtype: compute dtype.
         out_scale: factor of the initial output matrix.
@@ -171,8 +172,9 @@ class Attention(nnx.Module):
         *,
         causal: bool,
         rope_base: float | None,
-        qk_norm: bool,
+        qk_norm: type[RMSNorm] | type[LayerNorm] | None,
         bias: bool,
+        out_bias: bool,
         implementation: str,
         dtype: str,
         out_scale: float = 1.0,
@@ -184,11 +186,11 @@ class Attention(nnx.Module):
         self.query = Linear(width, heads * head_dim, dtype, bias=bias, rngs=rngs)
         self.key = Linear(width, kv_heads * head_dim, dtype, bias=bias, rngs=rngs)
         self.value = Linear(width, kv_heads * head_dim, dtype, bias=bias, rngs=rngs)
-        self.out = Linear(heads * head_dim, width, dtype, bias=bias, scale=out_scale, rngs=rngs)
-        self.qk_norm = qk_norm
-        if qk_norm:
-            self.query_norm = RMSNorm(head_dim)
-            self.key_norm = RMSNorm(head_dim)
+        self.out = Linear(heads * head_dim, width, dtype, bias=out_bias, scale=out_scale, rngs=rngs)
+        self.qk_norm = qk_norm is not None
+        if qk_norm is not None:
+            self.query_norm = qk_norm(head_dim)
+            self.key_norm = qk_norm(head_dim)
 
     def __call__(self, x: Array, positions: Array, segments: Array) -> Array:
         """Attends within segments.
@@ -316,22 +318,28 @@ def _splash(
 
 
 class PatchEmbed(nnx.Module):
-    """Cuts images into patches and maps each to a token.
+    """Cuts images into patches and maps each to a token: weights float32, product as in `Linear`.
 
     Attributes:
-        linear: patch² · channels to D; a patch is flattened row by row, channels last.
+        kernel: [patch, patch, channels, D], normal with deviation 1/sqrt(patch² channels).
+        bias: [D].
     """
 
     def __init__(
         self, patch: int, channels: int, width: int, dtype: str, *, rngs: nnx.Rngs
     ) -> None:
-        self.patch = patch
-        self.linear = Linear(patch * patch * channels, width, dtype, bias=True, rngs=rngs)
+        self.patch, self.dtype = patch, dtype
+        shape = (patch, patch, channels, width)
+        std = 1 / math.sqrt(patch * patch * channels)
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((width,), jnp.float32))
 
     def __call__(self, images: Array) -> Array:
         """Maps images [B,height,width,channels] to tokens [B,S,D], row by row."""
         B, height, width, channels = images.shape
         p = self.patch
         tiles = images.reshape(B, height // p, p, width // p, p, channels)
-        tiles = tiles.transpose(0, 1, 3, 2, 4, 5)
-        return self.linear(tiles.reshape(B, -1, p * p * channels))
+        tiles = tiles.transpose(0, 1, 3, 2, 4, 5).reshape(B, -1, p * p * channels)
+        kernel = self.kernel[...].reshape(p * p * channels, -1).astype(self.dtype)
+        out = jnp.matmul(tiles.astype(self.dtype), kernel, preferred_element_type=jnp.float32)
+        return (out + self.bias[...]).astype(self.dtype)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from emoe_jax.config import MoEConfig
+from emoe_jax.config import MoEConfig, require
 from emoe_jax.dispatch import dispatcher
 from emoe_jax.experts import Experts
 from emoe_jax.layers import MLP
-from emoe_jax.routers import Context, make_router
+from emoe_jax.routers import Context, ExpertChoice, Routing, make_router
 
 Array = jax.Array
 
@@ -25,11 +26,23 @@ class Aux(NamedTuple):
         metrics: scalars that do not add up over microbatches.
         stats: sums over real tokens (see `routers.base.Routing`) and `dropped` [], from which
             `metrics.routing_metrics` computes loads and violations.
+        captured: where asked for, what went into the router (`input` [B,S,D]) and what came out:
+            `probs` [B,S,E], `weights` and `indices` [B,S,K].
     """
 
     loss: Array
     metrics: dict[str, Array]
     stats: dict[str, Array]
+    captured: dict[str, Array] | None = None
+
+
+def auxiliary_loss(aux: Mapping[str, Aux]) -> Array:
+    """Scalar float32: the auxiliary losses of all layers of a model, to be added to the task's.
+
+    Args:
+        aux: what a model returns beside its output, by place in the period.
+    """
+    return sum((jnp.sum(layer.loss) for layer in aux.values()), jnp.zeros((), jnp.float32))
 
 
 class MoE(nnx.Module):
@@ -80,6 +93,8 @@ class MoE(nnx.Module):
         ids: Array | None = None,
         rows: Array | None = None,
         key: Array | None = None,
+        train: bool = False,
+        capture: bool = False,
     ) -> tuple[Array, Aux]:
         """Sends each token through its experts.
 
@@ -90,6 +105,8 @@ class MoE(nnx.Module):
             ids: [B,S] int32, token ids; the hash router needs them.
             rows: [B] int32, position of each sequence in the global batch; 0 to B-1 where omitted.
             key: random key; the random router needs it.
+            train: see `routers.base.Context`.
+            capture: whether `Aux.captured` is wanted; routing by token choice alone has it.
 
         Returns:
             Outputs [B,S,D] in the dtype of the tokens, and `Aux`.
@@ -100,7 +117,7 @@ class MoE(nnx.Module):
         move = dispatcher(self.config.dispatch)
 
         with jax.named_scope("route"):
-            routing = self.router(flat, Context(mask, ids, rows, key))
+            routing = self.router(flat, Context(mask, ids, rows, key, train))
         with jax.named_scope("dispatch"):
             groups = move.dispatch(flat, routing, mask.reshape(-1), self.config.capacity_factor)
         with jax.named_scope("experts"):
@@ -112,4 +129,11 @@ class MoE(nnx.Module):
         if self.config.shared_hidden:
             out = out + self.shared(tokens)
         stats = jax.lax.stop_gradient(routing.stats | {"dropped": groups.dropped})
-        return out, Aux(routing.aux_loss, routing.metrics, stats)
+        captured = _captured(tokens, routing) if capture else None
+        return out, Aux(routing.aux_loss, routing.metrics, stats, captured)
+
+
+def _captured(tokens: Array, routing: Routing | ExpertChoice) -> dict[str, Array]:
+    require(isinstance(routing, Routing), "capture needs a router by which tokens choose experts")
+    parts = {name: getattr(routing, name) for name in ("probs", "weights", "indices")}
+    return {"input": tokens} | {k: v.reshape(*tokens.shape[:2], -1) for k, v in parts.items()}

@@ -1,14 +1,15 @@
-"""Optimizers: AdamW with warm-up and cosine, decay masks, and the retraction of bases."""
+"""Optimizers: AdamW with warm-up and cosine, decay masks, frozen parts, the retraction of bases."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import traverse_util
 
 from emoe_jax.basis import is_basis, orthonormalize
 from emoe_jax.config import require, require_positive
@@ -18,6 +19,9 @@ Tree = Any
 DECAYED = frozenset({"kernel", "w_gate", "w_up", "w_down", "embedding", "head"})
 """Names of the matrices that weight decay shrinks; norms, biases, positions, gates of the
 eigenbasis router and bases are left alone."""
+
+UPPER_LEVELS = 4
+"""Levels of the tree that an error lists: down to a block's parts, blocks/groups/0/moe."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +40,9 @@ class OptimConfig:
         router_scale: the routers' learning rate as a share of the others'. AdamW moves every weight
             by about the learning rate, so one step moves a score by up to that times the sum of
             |h_d|; below 1 the choice of experts keeps up with its balance.
+        trainable: names of path parts, such as ("moe", "alpha", "head"): a parameter is trained if
+            one of the parts of its path is among them, and keeps its bits otherwise. Empty: all are
+            trained. Running state of routers is no parameter and always moves.
     """
 
     learning_rate: float = 1e-3
@@ -47,6 +54,7 @@ class OptimConfig:
     weight_decay: float = 0.1
     clip: float = 1.0
     router_scale: float = 1.0
+    trainable: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -58,6 +66,11 @@ class OptimConfig:
         for name in ("b1", "b2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optim.{name}={value} must lie in [0, 1)")
+        require(
+            not isinstance(self.trainable, str),
+            f"optim.trainable must be a tuple of names, got the string {self.trainable!r}; write"
+            f" ({self.trainable!r},)",
+        )
 
 
 def schedule(config: OptimConfig, steps: int) -> Callable[[Any], jax.Array]:
@@ -92,6 +105,40 @@ def router_mask(params: Tree) -> Tree:
     return jax.tree_util.tree_map_with_path(
         lambda path, _: any(getattr(part, "key", None) == "router" for part in path), params
     )
+
+
+def partition(params: Tree, trainable: Collection[str]) -> tuple[Tree, Tree]:
+    """Splits parameters into those that are trained and those that stay as they are.
+
+    Args:
+        params: nested dict.
+        trainable: see `OptimConfig`.
+
+    Returns:
+        Two nested dicts without empty ones: each leaf is in one of them, at its own path.
+
+    Raises:
+        ValueError: a name is no part of any path.
+    """
+    leaves = traverse_util.flatten_dict(params)
+    parts = {part for path in leaves for part in path}
+    unknown = [name for name in trainable if name not in parts]
+    if unknown:
+        upper = sorted({part for path in leaves for part in path[:UPPER_LEVELS]})
+        raise ValueError(
+            f"optim.trainable names {unknown[0]!r}, which is no part of any parameter's path; the"
+            f" names on the upper {UPPER_LEVELS} levels are {', '.join(upper)}"
+        )
+    names = set(trainable) or parts
+    trained = {path: leaf for path, leaf in leaves.items() if not names.isdisjoint(path)}
+    frozen = {path: leaf for path, leaf in leaves.items() if path not in trained}
+    return traverse_util.unflatten_dict(trained), traverse_util.unflatten_dict(frozen)
+
+
+def merge(trained: Tree, frozen: Tree) -> Tree:
+    """The parameters whose `partition` these are."""
+    leaves = traverse_util.flatten_dict(trained) | traverse_util.flatten_dict(frozen)
+    return traverse_util.unflatten_dict(leaves)
 
 
 def retract_bases(method: str = "qr") -> optax.GradientTransformation:

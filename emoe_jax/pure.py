@@ -40,7 +40,7 @@ def split(model: nnx.Module) -> tuple[Pure, Tree, Tree]:
     graph, params, *others = nnx.split(model, nnx.Param, RouterState)
     (router,) = others
     pure = Pure(graph, _abstract(params), _abstract(router))
-    return pure, _plain(params), _plain(router)
+    return pure, plain(params), plain(router)
 
 
 def abstract_split(make: Callable[[], nnx.Module]) -> tuple[Pure, Tree, Tree]:
@@ -58,8 +58,8 @@ def initializer(make: Callable[[], nnx.Module]) -> Callable[[], tuple[Tree, Tree
     return build
 
 
-def _plain(state: Any) -> Tree:
-    """Nested dict of arrays with string keys."""
+def plain(state: Any) -> Tree:
+    """Nested dict of arrays with string keys, from Flax's state of a module or of gradients."""
     tree: dict[str, Any] = {}
     for path, variable in nnx.to_flat_state(state):
         node = tree

@@ -138,8 +138,9 @@ def build(kv_heads=2, causal=True, rope_base=10000.0, qk_norm=True):
         DIM,
         causal=causal,
         rope_base=rope_base,
-        qk_norm=qk_norm,
+        qk_norm=RMSNorm if qk_norm else None,
         bias=False,
+        out_bias=False,
         implementation="auto",
         dtype="float32",
         rngs=nnx.Rngs(0),
@@ -236,7 +237,7 @@ def test_auto_takes_the_kernel_of_the_platform(S, dim, dtype, platform, expected
 
 def test_patches_are_flattened_row_by_row_channels_last():
     embed = PatchEmbed(2, 2, 8, "float32", rngs=nnx.Rngs(0))
-    embed.linear.kernel = nnx.Param(jnp.eye(8))
+    embed.kernel = nnx.Param(jnp.eye(8).reshape(2, 2, 2, 8))
     images = jnp.arange(4 * 6 * 2, dtype=jnp.float32).reshape(1, 4, 6, 2)
     tokens = np.asarray(embed(images))
     assert tokens.shape == (1, 6, 8)

@@ -16,6 +16,8 @@ from emoe_jax.optim import (
     decay_mask,
     global_norm,
     make_optimizer,
+    merge,
+    partition,
     retract_bases,
     router_mask,
     schedule,
@@ -82,6 +84,7 @@ def test_a_warmup_as_long_as_the_training_is_refused(steps):
         ({"weight_decay": -0.1}, "optim.weight_decay=-0.1 is below zero"),
         ({"b1": 1.0}, "optim.b1=1.0 must lie in [0, 1)"),
         ({"b2": -0.1}, "optim.b2=-0.1 must lie in [0, 1)"),
+        ({"trainable": "moe"}, "got the string 'moe'; write ('moe',)"),
     ],
 )
 def test_bad_options_are_refused(values, words):
@@ -203,3 +206,60 @@ def test_global_norm():
     assert float(global_norm(tree)) == 5.0
     assert global_norm(tree).dtype == jnp.float32
     assert float(global_norm({})) == 0.0
+
+
+# ------------------------------------------------------------------------------------ frozen parts
+
+NESTED = {"head": {"kernel": 1, "bias": 2}, "blocks": {"0": {"moe": {"bias": 3}, "mlp": 4}}}
+
+
+@pytest.mark.parametrize(
+    ("trainable", "trained", "frozen"),
+    [
+        ((), NESTED, {}),
+        (("blocks", "head"), NESTED, {}),
+        (("moe",), {"blocks": {"0": {"moe": {"bias": 3}}}}, None),
+        (("bias",), {"head": {"bias": 2}, "blocks": {"0": {"moe": {"bias": 3}}}}, None),
+        (("head", "mlp"), None, {"blocks": {"0": {"moe": {"bias": 3}}}}),
+    ],
+)
+def test_partition_takes_what_a_part_of_its_path_names(trainable, trained, frozen):
+    ours, others = partition(NESTED, trainable)
+    assert trained is None or ours == trained
+    assert frozen is None or others == frozen
+    assert merge(ours, others) == NESTED
+    assert merge(others, ours) == NESTED
+
+
+def test_every_leaf_is_in_one_part_and_no_dict_is_empty():
+    params = params_of_all_kinds()
+    trained, frozen = partition(params, ("moe", "head"))
+    assert trained.keys() == {"moe", "head"}
+    assert frozen.keys() == {"embedding", "position", "norm", "linear"}
+    _, rest = partition(params, ("basis", "masks", "gamma", "bias"))
+    assert rest["moe"].keys() == {"experts"}
+    chex.assert_trees_all_equal(merge(trained, frozen), params)
+
+
+def test_names_that_no_path_has_are_refused():
+    words = "optim.trainable names 'hed', which is no part of any parameter's path"
+    with pytest.raises(ValueError, match=words + r".* 4 levels are 0, bias, blocks, head, kernel,"):
+        partition(NESTED, ("moe", "hed"))
+
+
+def test_the_optimizer_keeps_moments_of_the_trained_part_alone():
+    trained, _ = partition(params_of_all_kinds(), ("moe",))
+    state = jax.eval_shape(make_optimizer(OptimConfig(warmup=0), 10).init, trained)
+    # Two counts of steps, and two moments of each leaf.
+    assert len(jax.tree.leaves(state)) == 2 + 2 * len(jax.tree.leaves(trained))
+    chex.assert_trees_all_equal_shapes(state[1][0].mu, trained)
+
+
+def test_a_trained_subtree_is_updated_as_it_is_in_the_whole():
+    params = {"head": draw((2, 2)), "moe": {"router": {"basis": bases.qr(draw((4, 2), 1))}}}
+    config = OptimConfig(learning_rate=0.5, warmup=0, clip=1e6, router_scale=0.5)
+    gradients = jax.tree.map(jnp.ones_like, params)
+    whole = one_update(config, params, gradients)
+    for name in params:
+        part = one_update(config, *(partition(tree, (name,))[0] for tree in (params, gradients)))
+        chex.assert_trees_all_close(part[name], whole[name], rtol=1e-6)

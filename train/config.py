@@ -67,6 +67,9 @@ class ExperimentConfig:
         eval_every: steps between evaluations on held-out data; the last step always has one.
         profile: steps of which an xprof trace is written, 0 for none.
         prompt: beginning of the text that a language model continues at the end of training.
+        init_from: where a Vision Transformer's initial weights come from, see `train.initial`: the
+            folder of a run, or a file, a folder or a Hub name in PyTorch format. Empty: they are
+            drawn. A resumed run does not read it.
         model: the model, its experts and their router included.
         data: the data.
         optim: the optimizer.
@@ -85,6 +88,7 @@ class ExperimentConfig:
     eval_every: int = 200
     profile: int = 0
     prompt: str = ""
+    init_from: str = ""
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -95,6 +99,11 @@ class ExperimentConfig:
         require_positive(log_every=self.log_every, eval_every=self.eval_every)
         require(self.profile >= 0, f"profile={self.profile} is below zero")
         require(self.seed >= 0, f"seed={self.seed} is below zero")
+        require(
+            not self.init_from or self.task == "vit",
+            f"init_from={self.init_from!r} starts a Vision Transformer from weights, and this is"
+            f" task={self.task!r}; leave init_from empty",
+        )
         require(
             self.optim.warmup < self.steps,
             f"optim.warmup={self.optim.warmup} is not below steps={self.steps}; set optim.warmup to"

@@ -25,7 +25,7 @@ def active_parameters(config: LMConfig | ViTConfig, params: Tree) -> int:
     total = 0.0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         names = [str(getattr(part, "key", part)) for part in path]
-        if names[-1] in MATRICES and names[0] != "head":
+        if names[-1] in MATRICES and names[0] not in ("head", "head_distilled"):
             total += math.prod(leaf.shape) * (share if "experts" in names else 1.0)
     if isinstance(config, LMConfig):
         total += config.vocab_size * config.width
@@ -53,4 +53,4 @@ def flops_per_unit(config: LMConfig | ViTConfig, params: Tree, length: int) -> f
     per_token = flops_per_token(config, params, length)
     if isinstance(config, LMConfig):
         return per_token
-    return per_token * length + 6.0 * config.width * config.classes
+    return per_token * length + 6.0 * config.width * config.classes * (1 + config.distilled)

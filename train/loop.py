@@ -16,8 +16,9 @@ import numpy as np
 from ml_collections import config_dict
 
 from emoe_jax.checkpoint import Checkpoints
-from emoe_jax.config import require
+from emoe_jax.config import LMConfig, ViTConfig, moe_layers, require
 from emoe_jax.grouped import resolve_backend
+from emoe_jax.optim import partition
 from emoe_jax.sharding import replicated
 from train import sample
 from train.config import ExperimentConfig, changed_keys, digest, freeze, to_json
@@ -32,6 +33,7 @@ from train.evaluate import (
     routing_rows,
 )
 from train.flops import active_parameters, flops_per_unit
+from train.initial import initial_params, place_params
 from train.logs import RunLog, peak_flops
 from train.run import CONFIG_FILE, Run, build, open_checkpoints, read_config
 
@@ -77,7 +79,7 @@ def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[Scalars,
             process_count=jax.process_count(),
         )
         resumed = checkpoints.latest_step()
-        state = run.init() if resumed is None else _resume(run, checkpoints, resumed, batches)
+        state = _start(run) if resumed is None else _resume(run, checkpoints, resumed, batches)
         _write_config(tree, workdir)
 
         # ------------------------------------------------------------ training, unless it is done
@@ -112,21 +114,33 @@ def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[Scalars,
 def _describe(run: Run) -> None:
     """Logs the model's size, the mesh, and the kernel of the experts' products."""
     params = run.abstract["params"]
+    trained, frozen = partition(params, run.config.optim.trainable)
     LOGGER.info(
-        "%s parameters, %s active per token; mesh %s of %s; %s router, %s dispatch%s",
-        f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,}",
+        "%s parameters%s, %s active per token; mesh %s of %s; %s",
+        f"{_count(params):,}",
+        f", {_count(trained):,} of them trained" if frozen else "",
         f"{active_parameters(run.config.model, params):,}",
         dict(run.mesh.shape),
         jax.devices()[0].device_kind,
-        run.config.model.moe.router,
-        run.config.model.moe.dispatch,
-        _kernel(run.config.model.moe.dispatch),
+        _routing(run.config.model),
     )
     data = run.data
     epoch = data.train_targets if isinstance(data, TextData) else data.train_images
     passes = run.config.steps * run.units_per_step / max(epoch, 1)
     if epoch:
         LOGGER.info("%s training %s; %.2f passes over them", f"{epoch:,}", run.unit, passes)
+
+
+def _count(params: Tree) -> int:
+    """Number of parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _routing(model: LMConfig | ViTConfig) -> str:
+    """How tokens come to experts, if there are any."""
+    if not any(moe_layers(model)):
+        return "no experts"
+    return f"{model.moe.router} router, {model.moe.dispatch} dispatch{_kernel(model.moe.dispatch)}"
 
 
 def _kernel(dispatch: str) -> str:
@@ -136,6 +150,19 @@ def _kernel(dispatch: str) -> str:
     kernel = resolve_backend("auto")
     dense = jax.default_backend() == "gpu"
     return f" by {kernel}" + (", which XLA may lower densely on GPU: time it" if dense else "")
+
+
+def _start(run: Run) -> Tree:
+    """The training state of step 0, with the weights that `init_from` names."""
+    if not run.config.init_from:
+        return run.init()
+    # Read before `init` is compiled.
+    taken, notes = initial_params(run)
+    for note in notes:
+        LOGGER.info("init_from: %s", note)
+    LOGGER.info("%s parameters start from %s", f"{_count(taken):,}", run.config.init_from)
+    state = run.init()
+    return state | {"params": place_params(state["params"], taken)}
 
 
 def _resume(run: Run, checkpoints: Checkpoints, step: int, batches: Any) -> Tree:
@@ -273,7 +300,9 @@ class _Meter:
         length = run.units_per_step // run.config.batch if run.unit == "tokens" else _tokens(run)
         self.flops = flops_per_unit(run.config.model, run.abstract["params"], length)
         peak = peak_flops(jax.devices()[0].device_kind)
-        self.peak = None if peak is None else peak * jax.device_count()
+        # The formula counts the gradients of all weights: no utilisation where some have none.
+        frozen = bool(run.config.optim.trainable)
+        self.peak = None if peak is None or frozen else peak * jax.device_count()
         self.step, self.time = step, time.perf_counter()
 
     @contextlib.contextmanager

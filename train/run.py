@@ -23,7 +23,7 @@ from emoe_jax import pure, sharding
 from emoe_jax.checkpoint import Checkpoints
 from emoe_jax.config import LMConfig, ViTConfig, require
 from emoe_jax.models import EMoELM, EMoEViT
-from emoe_jax.optim import make_optimizer
+from emoe_jax.optim import make_optimizer, partition
 from train.config import ExperimentConfig, freeze, replaced, with_vocab
 from train.data.config import TextConfig
 from train.data.text import TextData, load_text
@@ -136,8 +136,10 @@ def build(config: ExperimentConfig, workdir: pathlib.Path) -> Run:
     """
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(mesh, config.batch, config.accumulate)
-    # What only the model's parts can judge (the router's name and options) before data are read.
-    pure.abstract_split(model_maker(config.model, config.seed))
+    # What only the model's parts can judge (the router's name and options, the names of what is
+    # trained) before data are read.
+    _, params, _ = pure.abstract_split(model_maker(config.model, config.seed))
+    partition(params, config.optim.trainable)
     data: TextData | VisionData
     if isinstance(config.data, TextConfig):
         data = load_text(config.data, tokenizer_path=workdir / TOKENIZER_FILE)
@@ -146,7 +148,8 @@ def build(config: ExperimentConfig, workdir: pathlib.Path) -> Run:
         data = load_vision(config.data)
     optimizer = make_optimizer(config.optim, config.steps, config.model.moe.basis.method)
     model, params, _ = pure.abstract_split(model_maker(config.model, config.seed))
-    opt_state = jax.eval_shape(optimizer.init, params)
+    trained, _ = partition(params, config.optim.trainable)
+    opt_state = jax.eval_shape(optimizer.init, trained)
     init = _initializer(config, optimizer)
     abstract = jax.eval_shape(init)
     places = sharding.shardings(mesh, abstract)
@@ -178,11 +181,12 @@ def _initializer(
 
     def init() -> Tree:
         params, router = build_model()
+        trained, _ = partition(params, config.optim.trainable)
         return {
             "step": jnp.zeros((), jnp.int32),
             "params": params,
             "router": router,
-            "opt": serialization.to_state_dict(optimizer.init(params)),
+            "opt": serialization.to_state_dict(optimizer.init(trained)),
         }
 
     return init
@@ -216,8 +220,13 @@ def read_config(file: pathlib.Path) -> dict[str, Any]:
         ) from error
 
 
-def _choose_step(checkpoints: Checkpoints, which: str) -> int:
-    """The step that "newest", "best" or a number names."""
+def choose_step(checkpoints: Checkpoints, which: str) -> int:
+    """The step that "newest", "best" or a number names.
+
+    Raises:
+        ValueError: it names none of these.
+        FileNotFoundError: there is no such checkpoint yet.
+    """
     if which.isdigit():
         return int(which)
     require(which in ("newest", "best"), f"step={which!r} must be newest, best or a number")
@@ -255,6 +264,6 @@ def load_trained(
     run = build(freeze(replaced(read_config(file), overrides)), workdir)
     wanted = {name: run.abstract[name] for name in ("params", "router")}
     with Checkpoints(workdir / CHECKPOINTS, every=1, read_only=True) as checkpoints:
-        step = _choose_step(checkpoints, which)
+        step = choose_step(checkpoints, which)
         restored = checkpoints.restore(step, wanted, partial=True)
     return run, {"router": {}} | restored.train_state, step

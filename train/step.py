@@ -19,7 +19,7 @@ from emoe_jax.losses import cross_entropy
 from emoe_jax.metrics import routing_metrics
 from emoe_jax.models.stack import update_router_state
 from emoe_jax.moe import Aux
-from emoe_jax.optim import global_norm, schedule
+from emoe_jax.optim import global_norm, merge, partition, schedule
 from emoe_jax.pure import Pure
 from train.config import ExperimentConfig
 
@@ -50,7 +50,8 @@ def make_steps(
         config: the experiment.
         pure: the model without its arrays.
         optimizer: the optimizer.
-        opt_state: its abstract state, whose structure the dicts of the training state fill.
+        opt_state: its abstract state for the trained parameters, whose structure the dicts of the
+            training state fill.
     """
     forward = _forward_lm if config.task == "lm" else _forward_vit
     method = config.model.moe.basis.method
@@ -67,10 +68,16 @@ def make_steps(
     def train_step(state: Tree, batch: Batch, key: Array) -> tuple[Tree, Tree]:
         key = jax.random.fold_in(key, state["step"])
         total = jnp.maximum(jnp.sum(_weights(batch)), 1.0)
+        trained, frozen = partition(state["params"], config.optim.trainable)
         # Bases are factorised once, outside the microbatches, and so are their gradients.
-        prepared, pull_back = jax.vjp(lambda tree: prepare_bases(tree, method), state["params"])
+        prepared, pull_back = jax.vjp(lambda tree: prepare_bases(tree, method), trained)
+        fixed = prepare_bases(frozen, method)
+
+        def loss(params: Tree, *rest: Any) -> tuple[Array, tuple[Sums, dict[str, Aux]]]:
+            return objective(merge(params, fixed), *rest)
+
         grads, sums, aux = _accumulate(
-            jax.grad(objective, has_aux=True),
+            jax.grad(loss, has_aux=True),
             prepared,
             state["router"],
             microbatches(batch, config.accumulate),
@@ -79,10 +86,10 @@ def make_steps(
         )
         (grads,) = pull_back(grads)
         opt = serialization.from_state_dict(opt_state, state["opt"])
-        updates, opt = optimizer.update(grads, opt, state["params"])
+        updates, opt = optimizer.update(grads, opt, trained)
         new = {
             "step": state["step"] + 1,
-            "params": optax.apply_updates(state["params"], updates),
+            "params": merge(optax.apply_updates(trained, updates), frozen),
             "router": update_router_state(config.model.moe, state["router"], aux),
             "opt": serialization.to_state_dict(opt),
         }

@@ -28,7 +28,9 @@ class Block(nnx.Module):
     """Pre-norm transformer block: x + attention(norm x), then + MLP or experts of norm x.
 
     In the adapter form (ViT) the block has an MLP, and experts follow as a branch
-    h + alpha · MoE(h) that the class token passes by (EMoE, arXiv 2601.12137, as released).
+    h + alpha · MoE(h) that the class token passes by unless `ViTConfig.route_class` (EMoE, arXiv
+    2601.12137, as released). With `ViTConfig.layer_scale` the factors `scale_attention` and
+    `scale_mlp` [D] stand before the sums.
 
     Args:
         config: of the whole model.
@@ -40,7 +42,13 @@ class Block(nnx.Module):
         lm, D = isinstance(config, LMConfig), config.width
         norm = RMSNorm if lm else LayerNorm
         self.adapter = experts and isinstance(config, ViTConfig) and config.moe_form == "adapter"
-        self.skips_class = isinstance(config, ViTConfig) and config.pooling == "class"
+        self.skips_class = (
+            isinstance(config, ViTConfig) and config.has_class_token and not config.route_class
+        )
+        self.layer_scale = isinstance(config, ViTConfig) and config.layer_scale > 0
+        if isinstance(config, ViTConfig) and self.layer_scale:
+            self.scale_attention = nnx.Param(jnp.full((D,), config.layer_scale, jnp.float32))
+            self.scale_mlp = nnx.Param(jnp.full((D,), config.layer_scale, jnp.float32))
         self.experts = experts
         self.norm_attention = norm(D)
         self.attention = _make_attention(config, rngs)
@@ -65,9 +73,9 @@ class Block(nnx.Module):
     def __call__(
         self, x: Array, positions: Array, segments: Array, extra: dict[str, Any]
     ) -> tuple[Array, Aux | None]:
-        """Maps x [B,S,D] to its successor; `extra` holds ids, rows and key of the experts."""
-        x = x + self.attention(self.norm_attention(x), positions, segments)
-        return self._mix(x, segments > 0, extra)
+        """Maps x [B,S,D] to its successor; `extra` holds what the experts are given besides."""
+        mixed = self.attention(self.norm_attention(x), positions, segments)
+        return self._mix(x + self._scaled(mixed, "scale_attention"), segments > 0, extra)
 
     def decode(
         self, x: Array, cache: dict[str, Array], start: Array, extra: dict[str, Any]
@@ -78,22 +86,31 @@ class Block(nnx.Module):
         return x, cache
 
     def _mix(self, x: Array, mask: Array, extra: dict[str, Any]) -> tuple[Array, Aux | None]:
-        if not self.experts:
-            return x + self.mlp(self.norm_mlp(x)), None
-        if not self.adapter:
+        if self.experts and not self.adapter:
             out, aux = self.moe(self.norm_mlp(x), mask=mask, **extra)
-            return x + out, aux
-        x = x + self.mlp(self.norm_mlp(x))
+            return x + self._scaled(out, "scale_mlp"), aux
+        x = x + self._scaled(self.mlp(self.norm_mlp(x)), "scale_mlp")
+        return self._branch(x, mask, extra) if self.adapter else (x, None)
+
+    def _branch(self, x: Array, mask: Array, extra: dict[str, Any]) -> tuple[Array, Aux]:
         first = 1 if self.skips_class else 0
         extra = extra | {"ids": extra["ids"][:, first:]}
         out, aux = self.moe(x[:, first:], mask=mask[:, first:], **extra)
         branch = self.alpha[...].astype(x.dtype) * out
-        return x.at[:, first:].add(branch), aux
+        after = x.at[:, first:].add(branch)
+        if aux.captured is None:
+            return after, aux
+        whole = {"branch_input": x, "branch_output": after}
+        return after, aux._replace(captured=aux.captured | whole)
+
+    def _scaled(self, x: Array, name: str) -> Array:
+        return getattr(self, name)[...].astype(x.dtype) * x if self.layer_scale else x
 
 
 def _make_attention(config: LMConfig | ViTConfig, rngs: nnx.Rngs) -> Attention:
     """Causal and rotary for language models; bidirectional, with biases, for images."""
     lm = isinstance(config, LMConfig)
+    norm = RMSNorm if lm else LayerNorm
     return Attention(
         config.width,
         config.heads,
@@ -101,8 +118,9 @@ def _make_attention(config: LMConfig | ViTConfig, rngs: nnx.Rngs) -> Attention:
         config.head_dim or config.width // config.heads,
         causal=lm,
         rope_base=config.rope_base if isinstance(config, LMConfig) else None,
-        qk_norm=isinstance(config, LMConfig) and config.qk_norm,
-        bias=not lm,
+        qk_norm=norm if config.qk_norm else None,
+        bias=isinstance(config, ViTConfig) and config.qkv_bias,
+        out_bias=not lm,
         implementation=config.attention,
         dtype=config.dtype,
         out_scale=residual_scale(config),
@@ -143,6 +161,9 @@ class Stack(nnx.Module):
         ids: Array,
         rows: Array,
         key: Array | None,
+        *,
+        train: bool = False,
+        capture: bool = False,
     ) -> tuple[Array, dict[str, Aux]]:
         """Runs all blocks.
 
@@ -153,6 +174,8 @@ class Stack(nnx.Module):
             ids: [B,S] int32.
             rows: [B] int32.
             key: random key, or None.
+            train: see `routers.base.Context`.
+            capture: whether `Aux.captured` is wanted.
 
         Returns:
             [B,S,D]; and for each place in the period that has experts, by its number as a string,
@@ -161,7 +184,8 @@ class Stack(nnx.Module):
 
         def step(block: Block, carry: Array, place: int, layer: Array, _: Any) -> Any:
             fold = None if key is None else jax.random.fold_in(key, layer)
-            return block(carry, positions, segments, {"ids": ids, "rows": rows, "key": fold})
+            extra = {"ids": ids, "rows": rows, "key": fold, "train": train, "capture": capture}
+            return block(carry, positions, segments, extra)
 
         x, auxes = self._run(x, step, None)
         return x, {place: aux for place, aux in auxes.items() if aux is not None}
@@ -241,15 +265,21 @@ def update_router_state(config: MoEConfig, router: Tree, aux: dict[str, Aux]) ->
     return {"blocks": {"groups": new}}
 
 
-def layer_names(config: LMConfig | ViTConfig) -> dict[str, tuple[str, ...]]:
-    """Names "layer_03" of the expert layers, counted by block, for each place of `Stack`."""
+def block_numbers(config: LMConfig | ViTConfig) -> dict[str, tuple[int, ...]]:
+    """Numbers of the expert layers' blocks for each place of `Stack`, by repeat."""
     pattern = moe_layers(config)
     period = _period(config, pattern)
     return {
-        str(place): tuple(f"layer_{i:02d}" for i in range(place, len(pattern), period))
+        str(place): tuple(range(place, len(pattern), period))
         for place in range(period)
         if pattern[place]
     }
+
+
+def layer_names(config: LMConfig | ViTConfig) -> dict[str, tuple[str, ...]]:
+    """Names "layer_03" of the expert layers, counted by block, for each place of `Stack`."""
+    numbers = block_numbers(config).items()
+    return {place: tuple(f"layer_{i:02d}" for i in blocks) for place, blocks in numbers}
 
 
 def _period(config: LMConfig | ViTConfig, pattern: tuple[bool, ...]) -> int:

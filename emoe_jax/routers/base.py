@@ -74,12 +74,15 @@ class Context(NamedTuple):
         rows: [B] int32, position of each sequence in the global batch, so that random choices do
             not depend on how the batch is split.
         key: a random key, or None where nothing random may happen.
+        train: whether this is a training pass over weights that `basis.prepare_bases` did not
+            prepare: a router with a basis then prepares its own.
     """
 
     mask: Array
     ids: Array | None = None
     rows: Array | None = None
     key: Array | None = None
+    train: bool = False
 
 
 class Router(nnx.Module):

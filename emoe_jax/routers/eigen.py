@@ -17,6 +17,7 @@ from emoe_jax.config import MoEConfig
 from emoe_jax.routers.base import (
     Context,
     Router,
+    RouterState,
     Routing,
     gather_gates,
     linear,
@@ -39,13 +40,16 @@ class EigenRouter(Router):
     and are the gates, never renormalised; K = E is the release's "soft" mode.
 
     The basis is used as it stands: `basis.prepare_bases` orthonormalises it, once per step, and
-    it is orthonormal when the router is made.
+    it is orthonormal when the router is made. `Context.train` prepares it here instead.
 
     Attributes:
         basis: Q [D,R].
         masks: M [E,R].
         gamma: γ [R].
         bias: b [E].
+        companion: P [D,R], only with `BasisConfig.companion`: carried, never trained. Its part of
+            the penalty is added, as in the release.
+        log_lambda: [R], likewise; nothing reads it.
     """
 
     OPTIONS: ClassVar[frozenset[str]] = frozenset({"temperature", "orthogonality_weight"})
@@ -56,8 +60,14 @@ class EigenRouter(Router):
         self.temperature = options["temperature"]
         self.orthogonality_weight = options["orthogonality_weight"]
         self.top_k = config.top_k
+        self.method = config.basis.method
         weight = jax.random.normal(rngs.params(), (width, R), jnp.float32)
         self.basis = nnx.Param(bases.orthonormalize(weight))
+        self.has_companion = config.basis.companion
+        if self.has_companion:
+            weight = jax.random.normal(rngs.params(), (width, R), jnp.float32)
+            self.companion = RouterState(bases.orthonormalize(weight))
+            self.log_lambda = RouterState(jnp.zeros((R,), jnp.float32))
         self.masks = nnx.Param(jax.random.normal(rngs.params(), (E, R), jnp.float32))
         self.gamma = nnx.Param(jnp.ones((R,), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((E,), jnp.float32))
@@ -65,6 +75,11 @@ class EigenRouter(Router):
     def __call__(self, tokens: Array, context: Context) -> Routing:
         """Routes tokens [T,D]; see the class."""
         basis = self.basis[...]
+        if context.train:
+            basis = bases.prepare_in_pass(basis, self.method)
+        penalty = orthogonality_penalty(basis)
+        if self.has_companion:
+            penalty = penalty + orthogonality_penalty(lax.stop_gradient(self.companion[...]))
         z = linear(tokens, basis)
         scores = energy_scores(z, self.masks[...], self.gamma[...], self.bias[...])
         probs = jax.nn.softmax(scores / self.temperature, axis=-1)
@@ -74,7 +89,7 @@ class EigenRouter(Router):
             gather_gates(probs, indices),
             probs,
             context.mask,
-            aux_loss=self.orthogonality_weight * orthogonality_penalty(basis),
+            aux_loss=self.orthogonality_weight * penalty,
             metrics={"orthonormality_error": bases.orthonormality_error(lax.stop_gradient(basis))},
             stats=moment_stats(tokens, z, context.mask.reshape(-1)),
         )

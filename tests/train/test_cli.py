@@ -33,6 +33,12 @@ CASES = {
         "--config.moe.routing.bias_rate=None",
         "--config.batch=0",
     ],
+    "name of no parameter": [
+        "train",
+        TINY,
+        "--workdir={}",
+        "--config.optim.trainable=('moe','hed')",
+    ],
     "workdir is a file": ["train", TINY, "--workdir=LICENSE"],
     "evaluate without run": ["train.evaluate", "--workdir={}"],
     "sample without run": ["train.sample", "--workdir={}", "--prompt=The"],
@@ -92,6 +98,10 @@ def start(arguments: list[str], folder: pathlib.Path) -> subprocess.Popen[str]:
         ("workdir is a file", "LICENSE"),
         ("workdir is remote", "--workdir=gs://bucket/run is not a local folder"),
         ("option unset", "batch=0 must be above zero"),
+        (
+            "name of no parameter",
+            "optim.trainable names 'hed', which is no part of any parameter's",
+        ),
         ("evaluate without run", "holds no run: there is no config.json; train one there with"),
         ("sample without run", "holds no run: there is no config.json; train one there with"),
     ],

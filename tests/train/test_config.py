@@ -40,10 +40,12 @@ def test_tuples_and_unset_options_survive_json():
         model={"depth": 4, "moe_blocks": (1, 3)},
         moe={"routing": {"bias_rate": 0.01}},
         data={"sources": ("sotu", "shakespeare"), "weights": (2.0, 1.0)},
+        optim={"warmup": 1, "trainable": ("moe", "head")},
     )
     config = freeze(tree)
     assert freeze(json.loads(to_json(tree))) == config
     assert config.model.moe_blocks == (1, 3)
+    assert config.optim.trainable == ("moe", "head")
     assert config.data.sources == ("sotu", "shakespeare")
     assert config.model.moe.routing.bias_rate == 0.01
     assert config.model.moe.routing.temperature is None
@@ -123,6 +125,8 @@ def test_an_unknown_key_that_resembles_none_lists_all():
             "basis.rank=65 is more than width=64",
         ),
         ("lm", {"data": {"sources": ()}}, "data.sources is empty"),
+        ("lm", {"init_from": "runs/a"}, "init_from='runs/a' starts a Vision Transformer from wei"),
+        ("lm", {"optim": {"trainable": "moe"}}, "config key 'optim.trainable' cannot be 'moe'"),
         ("lm", {"data": {"sources": ("sotus",)}}, "unknown data source 'sotus'"),
         ("vit", {"model": {"patch": 3}}, "patch=3 does not divide image_size=8"),
         ("vit", {"data": {"source": "cifar"}}, "unknown data source 'cifar'; use 'digits'"),

@@ -244,6 +244,83 @@ def test_without_augmentation_images_are_only_normalised(tmp_path: pathlib.Path)
     np.testing.assert_allclose(batch["images"][:, 1, 2, 0], expected, rtol=1e-5)
 
 
+# Other sizes than the source's
+
+
+def test_resized_images_keep_their_labels_and_their_values(tmp_path: pathlib.Path) -> None:
+    _write_fashion(tmp_path)
+    data = load_vision(_fashion(tmp_path, image_size=6, resize=True, mean=(0.0,), std=(1 / 255,)))
+    (batch,) = data.heldout_batches(6)
+    # Images of one value have that value at every size; the last row pads.
+    assert batch["images"].shape == (6, 6, 6, 1)
+    np.testing.assert_allclose(np.ptp(batch["images"], axis=(1, 2, 3)), 0)
+    assert _numbers(batch) == [0, 1, 2, 3, 4, 0]
+    assert batch["labels"].argmax(-1).tolist() == [0, 1, 2, 0, 1, 0]
+    iterator = data.train_iterator(10, seed=0)
+    batch = next(iterator)
+    iterator.close()
+    assert sorted(_numbers(batch)) == list(range(10))
+    assert batch["labels"].argmax(-1).tolist() == [n % 3 for n in _numbers(batch)]
+
+
+def test_resized_digits_run_from_0_to_255() -> None:
+    same, large = (load_vision(VisionConfig(image_size=n, resize=True)) for n in (8, 16))
+    pixels, labels = large.source.heldout.read(np.arange(4))
+    whole = (load_digits().images[:20:5] * (255 / 16)).round().astype(np.uint8)
+    expected = [Image.fromarray(one).resize((16, 16), Image.Resampling.BICUBIC) for one in whole]
+    np.testing.assert_array_equal(pixels[..., 0], np.stack([np.asarray(e) for e in expected]))
+    np.testing.assert_array_equal(same.source.heldout.read(np.arange(4))[0][..., 0], whole)
+    np.testing.assert_array_equal(labels, load_digits().target[:20:5])
+    # Pixels of 0 to 16 as without resizing, but for the rounding to 255 steps.
+    (exact,) = load_vision(VisionConfig()).heldout_batches(360)
+    (rounded,) = same.heldout_batches(360)
+    np.testing.assert_allclose(rounded["images"], exact["images"], atol=0.5 / 255 / 0.3763 + 1e-6)
+
+
+def test_random_crops_train_and_the_whole_image_evaluates(tmp_path: pathlib.Path) -> None:
+    # Each image is a ramp from left to right: a crop spans less of it, resized to the same size.
+    ramp = np.broadcast_to(np.arange(0, 200, 10, dtype=np.uint8), (10, 20, 20))
+    _write_fashion(tmp_path)
+    for prefix, count in (("train", 10), ("t10k", 5)):
+        data = gzip.compress(_idx(np.ascontiguousarray(ramp[:count])))
+        (tmp_path / f"{prefix}-images-idx3-ubyte.gz").write_bytes(data)
+    keys = {"image_size": 20, "resize": True, "mean": (0.0,), "std": (1 / 255,)}
+    config = _fashion(tmp_path, crop_scale=0.25, **keys)
+    data = load_vision(config)
+    iterator = data.train_iterator(10, seed=3)
+    state = json.loads(json.dumps(iterator.get_state()))
+    batches = _take(iterator, 3)
+    spans = [np.ptp(image) for batch in batches for image in batch["images"]]
+    assert len({round(float(span)) for span in spans}) > 5
+    # A width of sqrt(1/4 · 3/4) of the image at least; 190 is the whole ramp.
+    assert 190 * 0.38 < min(spans) < max(spans) <= 191
+    iterator.set_state(state)
+    chex.assert_trees_all_equal(_take(iterator, 3), batches)
+    iterator.close()
+    again = load_vision(config).train_iterator(10, seed=3)
+    chex.assert_trees_all_equal(_take(again, 3), batches)
+    again.close()
+    (held,) = data.heldout_batches(5)
+    np.testing.assert_allclose(held["images"][..., 0], ramp[:5], rtol=1e-5)
+
+
+def test_processes_crop_each_in_its_own_way(tmp_path: pathlib.Path) -> None:
+    ramp = np.broadcast_to(np.arange(0, 200, 10, dtype=np.uint8), (10, 20, 20))
+    _write_fashion(tmp_path)
+    content = gzip.compress(_idx(np.ascontiguousarray(ramp)))
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(content)
+    batches = []
+    for index in range(2):
+        config = _fashion(tmp_path, image_size=4, resize=True, crop_scale=0.25)
+        iterator = load_vision(config).train_iterator(
+            10, seed=1, process_index=index, process_count=2
+        )
+        batches.append(next(iterator)["images"])
+        iterator.close()
+    assert batches[0].shape == (5, 4, 4, 1)
+    assert not np.array_equal(*batches)
+
+
 # Prepared tfds datasets
 
 
@@ -288,6 +365,30 @@ def test_tfds_grey_and_without_heldout_split(tmp_path: pathlib.Path) -> None:
     assert batch["images"].shape == (3, 6, 6, 1)
 
 
+def test_tfds_crops_are_taken_from_the_image_as_it_is_stored(tmp_path: pathlib.Path) -> None:
+    # Wide images, red rising from left to right: the centre alone holds 30 to 60 of 0 to 90.
+    wide = np.zeros((4, 10, 3), np.uint8)
+    wide[..., 0] = np.arange(0, 100, 10)
+    buffer = io.BytesIO()
+    Image.fromarray(wide).save(buffer, "PNG")
+    train = [{"image": buffer.getvalue(), "label": i % 3} for i in range(20)]
+    write_prepared(tmp_path, "tiny", FEATURES, {"train": train, "test": train[:1]})
+    keys = {"image_size": 4, "channels": 3, "classes": 3, "tfds_dir": str(tmp_path)}
+    keys |= {"mean": (0.0,) * 3, "std": (1 / 255,) * 3}
+    data = load_vision(
+        VisionConfig(source="tfds:tiny", resize=True, crop_scale=0.1, flip=True, **keys)
+    )
+    iterator = data.train_iterator(20, seed=0)
+    batch = next(iterator)
+    iterator.close()
+    red = batch["images"][..., 0]
+    assert red.min() < 10
+    assert red.max() > 80
+    assert not batch["images"][..., 1:].any()
+    (held,) = data.heldout_batches(1)
+    np.testing.assert_allclose(held["images"][0, :, :, 0], np.tile([30, 40, 50, 60], (4, 1)))
+
+
 def test_tfds_errors(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"'cifar10' is not prepared: looked in .*cifar10"):
@@ -318,6 +419,10 @@ def test_tfds_errors(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) ->
         ({"image_size": 0}, "image_size=0 must be at least 1"),
         ({"crop_padding": -1}, "crop_padding=-1"),
         ({"mixup": -0.5}, "mixup=-0.5"),
+        ({"crop_scale": 0.0, "resize": True}, "crop_scale=0.0 must be above 0 and at most 1"),
+        ({"crop_scale": 1.5, "resize": True}, "crop_scale=1.5 must be above 0 and at most 1"),
+        ({"crop_scale": float("nan"), "resize": True}, "crop_scale=nan must be above 0"),
+        ({"crop_scale": 0.5}, "crop_scale=0.5 .* but data.resize=False; set data.resize=True"),
         ({"mean": (0.5, 0.5)}, "2 entries for data.channels=1"),
         ({"std": (0.0,)}, "must be positive"),
         ({"mean": (float("inf"),)}, "must be finite"),
@@ -331,7 +436,10 @@ def test_impossible_configurations(keys: dict[str, Any], words: str) -> None:
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"image_size": 28}, r"images of 8x8, but data.image_size=28 .*28x28; set .*=8"),
+        (
+            {"image_size": 28},
+            r"images of 8x8, but data.image_size=28 .*; set .*=8, or data.resize=True",
+        ),
         ({"channels": 3}, "is grey, but data.channels=3"),
         ({"classes": 9}, r"has the label 9, but data.classes=9 allows 0 to 8"),
     ],

@@ -327,6 +327,7 @@ def refused(tree, workdir, error, words, monkeypatch):
         ({"moe": {"routing": {"z_weight": 0.1}}}, "the router 'loss_free' does not read it"),
         ({"moe": {"router": "soft"}}, "top_k=2; set top_k to 4"),
         ({"moe": {"router": "expert_choice"}}, "choose another router, or set routing.acausal"),
+        ({"optim": {"trainable": ("moe", "hed")}}, "optim.trainable names 'hed'.* embedding, "),
         ({"prompt": "x" * 40}, "the prompt's 41 tokens .* shorten the prompt"),
     ],
 )

@@ -101,10 +101,15 @@ class VisionConfig:
     Attributes:
         source: "digits" (scikit-learn, 8×8×1; image i of the file is held out if i % 5 == 0),
             "fashion_mnist" (idx files, 28×28×1) or "tfds:NAME[/CONFIG][:VERSION]".
-        image_size: H = W, pixels. tfds images are cropped to a square and resized; others must
-            have this size.
+        image_size: H = W, pixels. tfds images are cropped to their central square and resized;
+            others must have this size unless `resize`.
         channels: C, 1 (grey) or 3 (RGB).
         classes: N; every label must be below it.
+        resize: Whether images of another size than `image_size` are resized, bicubic, as tfds
+            images always are.
+        crop_scale: In training a random crop, of at least this share of an image's area and of an
+            aspect ratio between 3/4 and 4/3, is resized in place of the whole image
+            (arXiv 1409.4842, section 6); needs `resize`; 1: no crop.
         crop_padding: Black pixels put on every side before a random crop back to H×W; 0: no crop.
         flip: Whether half of the training images are mirrored left to right.
         mixup: α of the Beta(α, α) that mixes pairs of training images and their labels
@@ -128,6 +133,8 @@ class VisionConfig:
     image_size: int = 8
     channels: int = 1
     classes: int = 10
+    resize: bool = False
+    crop_scale: float = 1.0
     crop_padding: int = 0
     flip: bool = False
     mixup: float = 0.0
@@ -149,6 +156,15 @@ class VisionConfig:
         _check_least("image_size", self.image_size, 1)
         _check_least("classes", self.classes, 2)
         _check_least("crop_padding", self.crop_padding, 0)
+        if not 0 < self.crop_scale <= 1:
+            raise ValueError(
+                f"data.crop_scale={self.crop_scale} must be above 0 and at most 1, the whole image"
+            )
+        if self.crop_scale < 1 and not self.resize:
+            raise ValueError(
+                f"data.crop_scale={self.crop_scale} asks for random crops, which are resized to "
+                "data.image_size, but data.resize=False; set data.resize=True"
+            )
         if self.channels not in (1, 3):
             raise ValueError(f"data.channels={self.channels} must be 1 (grey) or 3 (RGB)")
         if not (self.mixup >= 0 and math.isfinite(self.mixup)):

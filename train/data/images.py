@@ -10,13 +10,15 @@ import io
 import os
 import pathlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+from PIL import Image
 
 from train.data import prepared
 from train.data.config import VisionConfig
+from train.data.resize import to_squares
 
 _HELDOUT_EVERY = 5
 
@@ -31,16 +33,20 @@ _IDX_UNSIGNED_BYTE = 8
 
 
 class Images(Protocol):
-    """Images of one size with their labels."""
+    """Images with their labels, as they are to enter a batch."""
 
     def __len__(self) -> int:
         """Returns how many there are."""
 
-    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def read(
+        self, indices: np.ndarray, rng: np.random.Generator | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Reads some of them.
 
         Args:
             indices: [n] int, below the length.
+            rng: Random numbers; where they are given, images are cropped at random, see
+                `VisionConfig.crop_scale`.
 
         Returns:
             Pixels [n, H, W, C] uint8 and labels [n] int32.
@@ -91,26 +97,34 @@ def load_images(config: VisionConfig) -> ImageSource:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MemoryImages:
-    """Images in memory.
+    """Grey images in memory.
 
     Attributes:
-        pixels: [n, H, W, C] uint8.
+        pixels: [n, height, width] uint8.
         labels: [n] int32.
+        config: Whether and to what size they are resized.
     """
 
     pixels: np.ndarray
     labels: np.ndarray
+    config: VisionConfig
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def read(
+        self, indices: np.ndarray, rng: np.random.Generator | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Reads as `Images.read`."""
-        return self.pixels[indices], self.labels[indices]
+        pixels, labels, config = self.pixels[indices], self.labels[indices], self.config
+        if not config.resize:
+            return pixels[..., None], labels
+        opened = map(Image.fromarray, pixels)
+        return to_squares(opened, config.image_size, 1, config.crop_scale, rng), labels
 
 
 def _load_digits(config: VisionConfig) -> ImageSource:
-    """Reads scikit-learn's digits; pixels run from 0 to 16."""
+    """Reads scikit-learn's digits; pixels run from 0 to 16, to 255 where they are resized."""
     try:
         from sklearn import datasets
     except ModuleNotFoundError as error:
@@ -119,11 +133,14 @@ def _load_digits(config: VisionConfig) -> ImageSource:
             "scikit-learn` or install the `train` extra"
         ) from error
     bunch = datasets.load_digits()
-    images = _memory_images(bunch.images.astype(np.uint8), bunch.target, config)
-    held = np.arange(len(images)) % _HELDOUT_EVERY == 0
-    train = MemoryImages(*images.read(np.flatnonzero(~held)))
-    heldout = MemoryImages(*images.read(np.flatnonzero(held)))
-    return ImageSource(train, heldout, 16.0, (_DIGITS_MEAN,), (_DIGITS_STD,), decodes=False)
+    # Pixels in between are rounded to integers, of which 17 would be few.
+    peak = 255 if config.resize else 16
+    pixels = np.rint(bunch.images * (peak / 16)).astype(np.uint8)
+    held = np.arange(len(pixels)) % _HELDOUT_EVERY == 0
+    train = _memory_images(pixels[~held], bunch.target[~held], config)
+    heldout = _memory_images(pixels[held], bunch.target[held], config)
+    mean, std = (_DIGITS_MEAN,), (_DIGITS_STD,)
+    return ImageSource(train, heldout, float(peak), mean, std, decodes=config.resize)
 
 
 def _load_fashion(config: VisionConfig) -> ImageSource:
@@ -142,7 +159,8 @@ def _load_fashion(config: VisionConfig) -> ImageSource:
             )
         parts.append(_memory_images(pixels, labels, config))
     train, heldout = parts
-    return ImageSource(train, heldout, 255.0, (_FASHION_MEAN,), (_FASHION_STD,), decodes=False)
+    mean, std = (_FASHION_MEAN,), (_FASHION_STD,)
+    return ImageSource(train, heldout, 255.0, mean, std, decodes=config.resize)
 
 
 def _idx_file(folder: pathlib.Path, name: str) -> pathlib.Path:
@@ -198,20 +216,20 @@ def read_idx(file: pathlib.Path, dimensions: int) -> np.ndarray:
 
 
 def _memory_images(pixels: np.ndarray, labels: np.ndarray, config: VisionConfig) -> MemoryImages:
-    """Checks grey images [n, H, W] against the configuration and adds the channel."""
+    """Checks grey images [n, height, width] against the configuration."""
     height, width = pixels.shape[1:]
-    if (height, width) != (config.image_size, config.image_size):
+    if not config.resize and (height, width) != (config.image_size, config.image_size):
         raise ValueError(
             f"source {config.source!r} has images of {height}x{width}, but data.image_size="
             f"{config.image_size} asks for {config.image_size}x{config.image_size}; set "
-            f"data.image_size={height}"
+            f"data.image_size={height}, or data.resize=True"
         )
     if config.channels != 1:
         raise ValueError(
             f"source {config.source!r} is grey, but data.channels={config.channels}; set it to 1"
         )
     _check_labels(labels, config)
-    return MemoryImages(pixels[..., None], labels.astype(np.int32))
+    return MemoryImages(pixels, labels.astype(np.int32), config)
 
 
 def _check_labels(labels: np.ndarray, config: VisionConfig) -> None:
@@ -241,41 +259,38 @@ class PreparedImages:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def read(
+        self, indices: np.ndarray, rng: np.random.Generator | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Reads as `Images.read`.
 
         Raises:
             ValueError: If an image does not decode or a label is out of range.
         """
-        config = self.config
-        pixels = np.zeros(
-            (len(indices), config.image_size, config.image_size, config.channels), np.uint8
-        )
-        labels = np.zeros(len(indices), np.int32)
-        for row, index in enumerate(self.indices[indices]):
-            example = self.examples[int(index)]
-            pixels[row] = self._decode(example[config.image_key], int(index))
-            labels[row] = example[config.label_key]
+        config, numbers = self.config, self.indices[indices]
+        labels = np.zeros(len(numbers), np.int32)
+
+        def opened() -> Iterator[Image.Image]:
+            for row, index in enumerate(numbers):
+                example = self.examples[int(index)]
+                labels[row] = example[config.label_key]
+                yield self._decode(example[config.image_key], int(index))
+
+        pixels = to_squares(opened(), config.image_size, config.channels, config.crop_scale, rng)
         _check_labels(labels, config)
         return pixels, labels
 
-    def _decode(self, encoded: Any, index: int) -> np.ndarray:
-        """Decodes one image, crops its centre to a square and resizes it: [H, W, C] uint8."""
-        from PIL import Image, ImageOps
-
-        size = (self.config.image_size, self.config.image_size)
+    def _decode(self, encoded: Any, index: int) -> Image.Image:
+        """Decodes one image."""
         try:
-            with Image.open(io.BytesIO(encoded)) as opened:
-                image = opened.convert("L" if self.config.channels == 1 else "RGB")
+            with Image.open(io.BytesIO(encoded)) as image:
+                return image.convert("L" if self.config.channels == 1 else "RGB")
         # Pillow raises SyntaxError for a broken PNG.
         except (OSError, SyntaxError) as error:
             raise ValueError(
                 f"source {self.config.source!r} example {index} is no image that Pillow reads: "
                 f"{error}"
             ) from error
-        if image.size != size:
-            image = ImageOps.fit(image, size, Image.Resampling.BICUBIC)
-        return np.asarray(image, np.uint8).reshape(*size, self.config.channels)
 
 
 def _load_tfds(config: VisionConfig) -> ImageSource:

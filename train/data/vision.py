@@ -80,8 +80,7 @@ class VisionData:
             shards.shuffled_indices(self.train_images, shards.derive_seed(seed, 0))
             .slice(slice(process_index, None, process_count))
             .batch(rows, drop_remainder=True, batch_fn=np.array)
-            .map(self.source.train.read)
-            .random_map(self._augment, seed=shards.derive_seed(seed, 1, process_index))
+            .random_map(self._train_batch, seed=shards.derive_seed(seed, 1, process_index))
         )
         return iter(batches.to_iter_dataset(self._read_options()))
 
@@ -111,10 +110,15 @@ class VisionData:
     def _read_options(self) -> grain.ReadOptions:
         return _READ_DECODE if self.source.decodes else _READ_MEMORY
 
+    def _train_batch(self, numbers: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Reads and augments one batch of training images."""
+        crops = rng if self.config.crop_scale < 1 else None
+        return self._augment(self.source.train.read(numbers, crops), rng)
+
     def _augment(
         self, batch: tuple[np.ndarray, np.ndarray], rng: np.random.Generator
     ) -> dict[str, np.ndarray]:
-        """Crops, flips, normalises and mixes one batch."""
+        """Pads and crops, flips, normalises and mixes one batch."""
         config = self.config
         pixels, labels = batch
         if config.crop_padding:

@@ -1,0 +1,226 @@
+"""timm's Vision Transformers: what a state dict tells of its model, and what it does not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from emoe_jax.config import require
+
+State = Mapping[str, np.ndarray]
+
+FACTS = (
+    "num_heads",
+    "img_size",
+    "global_pool",
+    "no_embed_class",
+    "depth",
+    "num_classes",
+    "embed_dim",
+    "patch_size",
+    "in_chans",
+    "reg_tokens",
+    "class_token",
+    "qk_norm",
+    "qkv_bias",
+)
+"""Shape facts of a Vision Transformer by timm's names. `num_heads` cannot be read off the weights,
+`img_size`, `global_pool` and `no_embed_class` not always; the others are checked against them."""
+
+_REFUSED = {
+    "norm_pre.": "a norm before the blocks (pre_norm, as in CLIP)",
+    "attn_pool.": "attention pooling (global_pool 'map' or 'prr')",
+    "patch_embed.norm.": "a norm behind the patches (embed_norm_layer)",
+    "patch_embed.backbone.": "a convolutional stem (hybrid)",
+    "patch_embed.conv": "a convolutional stem",
+    "rope.": "rotary positions",
+    "stages.": "a hierarchical model (Swin, Hiera and the like)",
+    "layers.": "a hierarchical model (Swin and the like)",
+}
+
+_REFUSED_IN_BLOCK = {
+    "mlp.fc1_g.": "a gated MLP (SwiGLU)",
+    "mlp.w12.": "a gated MLP (SwiGLU)",
+    "mlp.w1.": "a gated MLP (SwiGLU)",
+    "mlp.norm.": "a norm inside the MLP (scale_mlp_norm)",
+    "attn.norm.": "a norm inside attention (scale_attn_norm)",
+    "attn.q_proj.": "separate queries, keys and values (EVA, BEiT)",
+    "attn.q_bias": "biases of queries and values alone (BEiT)",
+    "attn.relative_position": "relative positions (BEiT)",
+    "attn.rel_pos": "relative positions",
+    "gamma_1": "scales in BEiT's form",
+    "attn.in_proj.": "parallel blocks (ViT-22B)",
+    "in_proj.": "parallel blocks (ViT-22B)",
+    "attns.": "parallel blocks",
+    "ffns.": "parallel blocks",
+}
+
+
+def refuse_variants(state: State) -> None:
+    """Raises `ValueError` for variants of timm's Vision Transformer that `EMoEViT` cannot compute.
+
+    Args:
+        state: timm's state dict.
+    """
+    for name in state:
+        _, _, inner = name.partition("blocks.")
+        inner = inner.partition(".")[2]
+        for start, what in (*_REFUSED.items(), *_REFUSED_IN_BLOCK.items()):
+            where = inner if start in _REFUSED_IN_BLOCK else name
+            require(
+                not where.startswith(start),
+                f"the checkpoint has {what} (tensor {name}); EMoEViT has none. Supported: timm's"
+                " VisionTransformer with class, distillation and register tokens, LayerScale,"
+                " qk_norm, and pooling by token or mean",
+            )
+    absent = {
+        "pos_embed": "has no learned positions (pos_embed='none' or rotary)",
+        "patch_embed.proj.weight": "has no patch embedding",
+        "patch_embed.proj.bias": "has no bias in the patch embedding (pre_norm, as in CLIP)",
+        "blocks.0.norm1.weight": "has no norm before attention (post-norm blocks)",
+        "blocks.0.attn.proj.bias": "has no bias behind attention (proj_bias=False)",
+    }
+    for name, what in absent.items():
+        require(
+            name in state,
+            f"the checkpoint {what}: there is no {name}; it is not a timm VisionTransformer that"
+            " EMoEViT can compute",
+        )
+    require(
+        "norm.weight" in state or "fc_norm.weight" in state,
+        "the checkpoint has neither norm.weight nor fc_norm.weight (final_norm=False); EMoEViT has"
+        " a last norm",
+    )
+
+
+def settings(state: State, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords of `ViTConfig` for a timm state dict, those of the experts left out.
+
+    Args:
+        state: timm's state dict.
+        facts: see `FACTS`.
+
+    Raises:
+        ValueError: a variant that is not supported, or facts that are missing or contradict the
+            weights.
+    """
+    refuse_variants(state)
+    D, channels, patch, other = state["patch_embed.proj.weight"].shape
+    require(patch == other, f"patches of {patch} by {other} pixels are not square")
+    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+    registers = state["reg_token"].shape[1] if "reg_token" in state else 0
+    class_token, distilled = "cls_token" in state, "dist_token" in state
+    prefix = class_token + distilled + registers
+    classes = state["head.weight"].shape[0] if "head.weight" in state else 0
+    known = {
+        "depth": depth,
+        "num_classes": classes,
+        "embed_dim": D,
+        "patch_size": patch,
+        "in_chans": channels,
+        "reg_tokens": registers,
+        "class_token": class_token,
+        "qk_norm": "blocks.0.attn.q_norm.weight" in state,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+    }
+    for name, found in known.items():
+        given = facts.get(name, found)
+        require(given == found, f"{name}={given}, but the checkpoint has {found}")
+    grid, embed_prefix = _grid(state["pos_embed"].shape[1], prefix, patch, facts)
+    return {
+        "image_size": int(facts.get("img_size") or grid * patch),
+        "patch": patch,
+        "channels": channels,
+        "classes": classes,
+        "width": D,
+        "depth": depth,
+        "heads": _heads(state, D, facts),
+        "mlp_hidden": state["blocks.0.mlp.fc1.weight"].shape[0],
+        "pooling": _pooling(state, facts),
+        "class_token": class_token,
+        "distilled": distilled,
+        "registers": registers,
+        "embed_prefix": embed_prefix,
+        "norm_after_pooling": "fc_norm.weight" in state,
+        # The initial value, which the checkpoint's replace.
+        "layer_scale": 1.0 if "blocks.0.ls1.gamma" in state else 0.0,
+        "qk_norm": known["qk_norm"],
+        "qkv_bias": known["qkv_bias"],
+    }
+
+
+def _heads(state: State, width: int, facts: Mapping[str, Any]) -> int:
+    if "blocks.0.attn.q_norm.weight" in state:
+        found = width // state["blocks.0.attn.q_norm.weight"].shape[0]
+        given = facts.get("num_heads", found)
+        require(given == found, f"num_heads={given}, but the norms of queries tell {found}")
+        return int(found)
+    require(
+        "num_heads" in facts,
+        "the number of heads cannot be read off the weights; give num_heads in the configuration"
+        f" (timm's models of width {width} usually have {max(1, width // 64)})",
+    )
+    return int(facts["num_heads"])
+
+
+def _pooling(state: State, facts: Mapping[str, Any]) -> str:
+    default = "token" if "cls_token" in state and "fc_norm.weight" not in state else "avg"
+    pool = facts.get("global_pool", default)
+    names = {"token": "class", "avg": "mean"}
+    require(
+        pool in names,
+        f"global_pool={pool!r} is not supported; EMoEViT pools by 'token' or 'avg'",
+    )
+    require(
+        pool != "token" or "cls_token" in state,
+        "global_pool='token', but the checkpoint has no cls_token; set it to 'avg'",
+    )
+    return names[pool]
+
+
+def _grid(positions: int, prefix: int, patch: int, facts: Mapping[str, Any]) -> tuple[int, bool]:
+    """Patches along a side of the checkpoint's images, and whether the prefix has positions."""
+    choices: tuple[bool, ...] = (True, False)
+    if "no_embed_class" in facts:
+        choices = (not facts["no_embed_class"],)
+    counts = {embedded: positions - prefix * embedded for embedded in choices}
+    found = {
+        embedded: math.isqrt(count)
+        for embedded, count in counts.items()
+        if count > 0 and math.isqrt(count) ** 2 == count
+    }
+    require(
+        bool(found),
+        f"{positions} positions less {prefix} for other tokens are no square of patches; EMoEViT"
+        " takes square images",
+    )
+    # Where both would do, which takes registers, the image size tells; models with registers
+    # usually give the prefix no positions.
+    size = int(facts.get("img_size", 0))
+    likely = [embedded for embedded, side in found.items() if side * patch == size]
+    embedded = [*likely, *sorted(found)][0]
+    return found[embedded], embedded
+
+
+def resize_positions(positions: np.ndarray, prefix: int, side: int) -> np.ndarray:
+    """Position embeddings for another image size: bicubic with antialiasing, as timm does it.
+
+    Args:
+        positions: [1,S,D], the first `prefix` of which belong to no patch.
+        prefix: tokens before the patches that have positions.
+        side: patches along a side of the new images.
+
+    Returns:
+        [1, prefix + side², D].
+    """
+    first, grid = positions[0, :prefix], positions[0, prefix:]
+    old = math.isqrt(grid.shape[0])
+    if old == side:
+        return positions
+    D = grid.shape[1]
+    resized = jax.image.resize(grid.reshape(old, old, D), (side, side, D), "cubic", antialias=True)
+    return np.concatenate([first, np.asarray(resized).reshape(side * side, D)])[None]

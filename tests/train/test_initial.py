@@ -1,0 +1,268 @@
+"""Weights from a run or a file: what is taken, where it is put, and what is refused."""
+
+import dataclasses
+import logging
+import sys
+import types
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from emoe_jax import basis as bases
+from emoe_jax import sharding
+from emoe_jax.checkpoint import Checkpoints
+from tests.train.tiny import lm_tree, mesh_of_one, vit_tree
+from train import loop
+from train.config import freeze, to_json
+from train.initial import by_block, initial_params, matching, place_params
+from train.loop import train
+from train.run import build, load_trained
+
+BACKBONE = {"patch": 4, "width": 8, "depth": 2, "heads": 2, "mlp_hidden": 8, "pooling": "class"}
+PLAIN = BACKBONE | {"moe_every": 0}
+ADAPTER = BACKBONE | {"moe_form": "adapter", "moe_blocks": (0,)}
+EXPERTS = {"router": "eigen", "experts": 2, "hidden": 4, "dispatch": "dense", "basis": {"rank": 4}}
+
+
+def adapter(source, **changes):
+    """An adapter on the backbone, of which branches and head are trained."""
+    optim = {"warmup": 0, "trainable": ("moe", "alpha", "head")}
+    keys = {"init_from": str(source), "steps": 2, "model": ADAPTER, "moe": EXPERTS, "optim": optim}
+    return vit_tree(**keys | changes)
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    """The folder of a Vision Transformer without experts, its blocks stacked."""
+    folder = tmp_path_factory.mktemp("backbone") / "run"
+    write_run(folder, vit_tree(model=PLAIN))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", mesh_of_one)
+        state = build(freeze(vit_tree(model=PLAIN)), folder).init()
+    with Checkpoints(folder / "checkpoints", every=1) as checkpoints:
+        checkpoints.save(7, state, data_state=b"", meta={}, force=True)
+    return folder
+
+
+def write_run(folder, tree):
+    """What a run leaves before its first checkpoint."""
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.json").write_text(to_json(tree))
+
+
+def zeros(run):
+    """Parameters where the run has them."""
+    return jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), run.abstract["params"]
+    )
+
+
+@pytest.fixture
+def lines(caplog):
+    """What the program logs."""
+    caplog.set_level(logging.INFO, logger="train")
+    logging.getLogger("train").propagate = True
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+# ----------------------------------------------------------------------------------- what is taken
+
+# Two blocks, stacked (period 1) and listed (period 2).
+STACKED = {
+    "head": {"kernel": np.array([1, 2])},
+    "blocks": {"groups": {"0": {"mlp": np.array([[3, 4], [5, 6]])}}},
+}
+LISTED = {
+    "head": {"kernel": np.array([1, 2])},
+    "blocks": {"groups": {"0": {"mlp": np.array([[3, 4]])}, "1": {"mlp": np.array([[5, 6]])}}},
+}
+
+
+def test_blocks_are_compared_by_their_number():
+    expected = {"head/kernel": [1, 2], "blocks/0/mlp": [3, 4], "blocks/1/mlp": [5, 6]}
+    for tree in (STACKED, LISTED):
+        rows = by_block(tree)
+        assert {"/".join(path): row.tolist() for path, row in rows.items()} == expected
+    for source, target in ((STACKED, LISTED), (LISTED, STACKED), (LISTED, LISTED)):
+        taken, notes = matching(source, target)
+        chex.assert_trees_all_equal(taken, target)
+        assert notes == []
+
+
+def test_places_of_a_period_come_in_turn():
+    # Four blocks, experts in every other one: place 0 holds blocks 0 and 2, place 1 blocks 1 and 3.
+    groups = {"0": {"mlp": np.array([0, 2])}, "1": {"moe": np.array([1, 3])}}
+    rows = by_block({"blocks": {"groups": groups}})
+    assert {"/".join(path): int(row) for path, row in rows.items()} == {
+        "blocks/0/mlp": 0,
+        "blocks/2/mlp": 2,
+        "blocks/1/moe": 1,
+        "blocks/3/moe": 3,
+    }
+
+
+def test_what_does_not_fit_is_left_and_told():
+    target = {
+        "head": {"kernel": np.zeros(3)},
+        "blocks": {"groups": {"0": {"mlp": np.zeros((1, 2)), "moe": np.zeros((1, 2))}}},
+    }
+    taken, notes = matching(LISTED, target)
+    chex.assert_trees_all_equal(taken, {"blocks": {"groups": {"0": {"mlp": np.array([[3, 4]])}}}})
+    assert notes == [
+        "head/kernel: (3,) here, (2,) there: starts anew",
+        "not in the source, start anew: blocks/0/moe",
+        "in the source alone, not used: blocks/1/mlp",
+    ]
+
+
+def test_stacked_blocks_are_taken_whole_or_not_at_all():
+    target = {"blocks": {"groups": {"0": {"mlp": np.zeros((3, 2))}}}}
+    taken, notes = matching(STACKED, target)
+    assert taken == {}
+    assert notes[0].endswith("start anew: blocks/0/mlp, blocks/1/mlp, blocks/2/mlp")
+
+
+# -------------------------------------------------------------------------------------- from a run
+
+
+def test_an_adapter_starts_from_its_backbone_and_keeps_it(
+    backbone, tmp_path, one_device, lines, monkeypatch
+):
+    train(adapter(backbone), tmp_path)
+    _, source, _ = load_trained(backbone, {})
+    _, state, step = load_trained(tmp_path, {})
+    assert step == 2
+    ours, theirs = by_block(state["params"]), by_block(source["params"])
+    names = {"/".join(path) for path in ours.keys() - theirs.keys()}
+    assert {name.split("/")[2] for name in names} == {"moe", "alpha"}
+    for path, leaf in theirs.items():
+        same = np.array_equal(leaf, ours[path])
+        assert same != (path[0] == "head"), path
+    told = lines()
+    assert f"init_from: step 7 of {backbone}" in told
+    (note,) = [line for line in told if "not in the source" in line]
+    assert note.startswith(
+        "init_from: not in the source, start anew: blocks/0/alpha, blocks/0/moe/"
+    )
+    count = sum(leaf.size for leaf in theirs.values())
+    assert f"{count:,} parameters start from {backbone}" in told
+    (size,) = [line for line in told if "active per token" in line]
+    # Basis 8·4, masks 2·4, gamma 4, bias 2, two matrices 2·8·4 and a gate, alpha; head 10·8 + 10.
+    trained = 32 + 8 + 4 + 2 + 3 * 64 + 1 + 90
+    assert f" parameters, {trained} of them trained, " in size
+
+    # A resumed run does not read the source; this one is at its end.
+    monkeypatch.setattr(loop, "initial_params", lambda run: pytest.fail("read again"))
+    train(adapter(backbone.parent / "gone"), tmp_path)
+
+
+def test_a_model_without_experts_says_so(backbone, tmp_path, one_device, lines):
+    loop._describe(build(freeze(vit_tree(model=PLAIN)), tmp_path))
+    (size,) = [line for line in lines() if "active per token" in line]
+    assert size.endswith("; no experts")
+    assert "of them trained" not in size
+
+
+def test_weights_are_put_where_those_drawn_were(tmp_path):
+    # Eight devices: matrices are split over two of the axes, the rest is on all.
+    tree = adapter("weights", mesh={"fsdp": 2, "tensor": 2}, batch=8)
+    run = build(freeze(tree), tmp_path)
+    drawn = zeros(run)
+    kernel = np.random.default_rng(0).normal(size=(1, 8, 8))  # float64, as a file may have it
+    taken = {"blocks": {"groups": {"0": {"attention": {"query": {"kernel": kernel}}}}}}
+    placed = place_params(drawn, taken)
+    chex.assert_trees_all_equal_shapes_and_dtypes(placed, drawn)
+    assert all(
+        new.sharding == old.sharding
+        for new, old in zip(jax.tree.leaves(placed), jax.tree.leaves(drawn), strict=True)
+    )
+    there = placed["blocks"]["groups"]["0"]["attention"]["query"]["kernel"]
+    assert there.addressable_shards[0].data.shape == (1, 4, 4)
+    np.testing.assert_array_equal(there, kernel.astype(np.float32))
+    assert placed["head"]["kernel"] is drawn["head"]["kernel"]
+
+
+# ------------------------------------------------------------------------------------- from a file
+
+
+def stub(monkeypatch, read):
+    """Stands in for the readers of PyTorch's formats."""
+    module = types.ModuleType("emoe_jax.interop")
+    module.initial_params = read
+    monkeypatch.setitem(sys.modules, "emoe_jax.interop", module)
+
+
+def test_a_file_is_read_by_interop_and_its_bases_made_orthonormal(
+    tmp_path, one_device, monkeypatch, lines
+):
+    given = []
+    draw = np.random.default_rng(0)
+
+    def read(source, config, params):
+        given.append((source, config, params))
+        router = {"basis": draw.normal(size=(1, 8, 4)).astype(np.float32)}
+        return {
+            "position": np.ones(params["position"].shape, np.float32),
+            "blocks": {"groups": {"0": {"moe": {"router": router}}}},
+        }, ["head: 10 classes here, 1000 in the file: starts anew"]
+
+    stub(monkeypatch, read)
+    tree = adapter("weights.safetensors")
+    run = build(freeze(tree), tmp_path)
+    taken, _ = initial_params(run)
+    assert given == [("weights.safetensors", run.config.model, run.abstract["params"])]
+    basis = taken["blocks"]["groups"]["0"]["moe"]["router"]["basis"]
+    assert bases.orthonormality_error(basis).max() < 1e-5
+    state = loop._start(dataclasses.replace(run, init=lambda: {"params": zeros(run)}))
+    np.testing.assert_array_equal(state["params"]["position"], 1)
+    assert "init_from: head: 10 classes here, 1000 in the file: starts anew" in lines()
+
+
+# -------------------------------------------------------------------------------- what is refused
+
+
+def refused(tree, workdir, error, words, monkeypatch):
+    """The error comes before anything is compiled."""
+    monkeypatch.setattr(loop, "compile_evaluate", None)
+    monkeypatch.setattr(jax, "jit", lambda *_, **__: lambda *_: pytest.fail("compiled"))
+    with pytest.raises(error, match=words):
+        train(tree, workdir)
+    assert not (workdir / "config.json").exists()
+
+
+def test_a_source_that_is_not_there_is_refused(backbone, tmp_path, one_device, monkeypatch):
+    gone = backbone.parent / "gone"
+    words = rf"init_from={gone} does not exist; {backbone.parent} holds run; name"
+    refused(adapter(gone), tmp_path, FileNotFoundError, words, monkeypatch)
+
+
+def test_a_run_of_text_is_refused(tmp_path, one_device, monkeypatch):
+    text = tmp_path / "text"
+    write_run(text, lm_tree())
+    words = f"init_from={text} is a run of task='lm'; name one of task='vit'"
+    refused(adapter(text), tmp_path / "run", ValueError, words, monkeypatch)
+
+
+def test_a_run_without_a_checkpoint_is_refused(tmp_path, one_device, monkeypatch):
+    early = tmp_path / "early"
+    write_run(early, vit_tree(model=PLAIN))
+    words = "holds no finished checkpoint yet"
+    refused(adapter(early), tmp_path / "run", FileNotFoundError, words, monkeypatch)
+
+
+def test_a_run_of_which_nothing_fits_is_refused(backbone, tmp_path, one_device, monkeypatch):
+    other = adapter(backbone, model=ADAPTER | {"width": 16, "mlp_hidden": 32}, data={"classes": 11})
+    words = rf"init_from={backbone} holds no parameter that fits: .*position"
+    refused(other, tmp_path, ValueError, words, monkeypatch)
+
+
+def test_the_data_of_the_source_are_not_needed(backbone, tmp_path, one_device):
+    tree = vit_tree(model=PLAIN, data={"source": "tfds:absent", "tfds_dir": str(tmp_path)})
+    write_run(tmp_path / "other", tree)
+    (tmp_path / "other/checkpoints").rmdir()
+    (tmp_path / "other/checkpoints").symlink_to(backbone / "checkpoints")
+    taken, _ = initial_params(build(freeze(adapter(tmp_path / "other")), tmp_path))
+    assert taken["head"]["kernel"].shape == (8, 10)

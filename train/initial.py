@@ -1,0 +1,160 @@
+"""The weights that a Vision Transformer starts from: those of another run, or of PyTorch.
+
+`init_from` names the folder of a run (config.json and checkpoints/), or what
+`emoe_jax.interop.initial_params` reads: a file, a folder or a Hub name in PyTorch format. Only the
+parameters are taken, and only those that fit; the rest starts anew.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from emoe_jax import pure
+from emoe_jax.basis import map_bases, orthonormalize
+from emoe_jax.checkpoint import Checkpoints
+from emoe_jax.config import ViTConfig, require
+from emoe_jax.sharding import replicated
+from train.config import freeze
+from train.run import CHECKPOINTS, CONFIG_FILE, Run, choose_step, model_maker, read_config
+
+Tree = Any
+Path = tuple[str, ...]
+
+
+def initial_params(run: Run) -> tuple[Tree, list[str]]:
+    """The parameters that can be taken from `init_from`, and what to know about the others.
+
+    Args:
+        run: the run that starts; its configuration names the source.
+
+    Returns:
+        A nested dict of arrays with some of the run's parameters, at their own paths, bases
+        orthonormal; and notes, each a line for the user.
+
+    Raises:
+        FileNotFoundError: there is no such source, or it holds no checkpoint yet.
+        ValueError: it holds no Vision Transformer, or nothing in it fits.
+    """
+    source, model = run.config.init_from, run.config.model
+    assert isinstance(model, ViTConfig)
+    folder = pathlib.Path(source).expanduser()
+    if (folder / CONFIG_FILE).is_file() and (folder / CHECKPOINTS).is_dir():
+        taken, notes = _from_run(folder, run)
+    else:
+        _check_folder(folder)
+        # Its packages are needed by those alone who name such a source.
+        from emoe_jax.interop import initial_params as from_torch
+
+        taken, notes = from_torch(source, model, run.abstract["params"])
+    # Routers take their bases for orthonormal, and PyTorch's are off by their last step.
+    return map_bases(lambda weight: orthonormalize(jnp.asarray(weight)), taken), notes
+
+
+def place_params(params: Tree, taken: Tree) -> Tree:
+    """Puts what was taken in the place of drawn parameters, dtypes and shardings kept."""
+    leaves = traverse_util.flatten_dict(params)
+    for path, leaf in traverse_util.flatten_dict(taken).items():
+        drawn = leaves[path]
+        leaves[path] = jax.device_put(np.asarray(leaf, drawn.dtype), drawn.sharding)
+    return traverse_util.unflatten_dict(leaves)
+
+
+def _check_folder(folder: pathlib.Path) -> None:
+    """Refuses a missing entry of a folder that exists, which is no Hub name."""
+    beside = folder.parent
+    if folder.exists() or not beside.is_dir() or beside == pathlib.Path():
+        return
+    there = ", ".join(sorted(path.name for path in beside.iterdir())) or "nothing"
+    raise FileNotFoundError(
+        f"init_from={folder} does not exist; {beside} holds {there}; name a file of weights, or the"
+        " folder of a run that has been trained"
+    )
+
+
+def _from_run(folder: pathlib.Path, run: Run) -> tuple[Tree, list[str]]:
+    """Takes what fits from the newest checkpoint of a run; its data are not needed."""
+    config = freeze(read_config(folder / CONFIG_FILE))
+    require(
+        isinstance(config.model, ViTConfig),
+        f"init_from={folder} is a run of task={config.task!r}; name one of task='vit'",
+    )
+    _, params, _ = pure.abstract_split(model_maker(config.model, config.seed))
+    everywhere = replicated(run.mesh)
+    wanted = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), params
+    )
+    with Checkpoints(folder / CHECKPOINTS, every=1, read_only=True) as checkpoints:
+        step = choose_step(checkpoints, "newest")
+        restored = checkpoints.restore(step, {"params": wanted}, partial=True).train_state
+    taken, notes = matching(jax.device_get(restored["params"]), run.abstract["params"])
+    require(bool(taken), f"init_from={folder} holds no parameter that fits: {'; '.join(notes)}")
+    return taken, [f"step {step} of {folder}", *notes]
+
+
+def matching(source: Tree, target: Tree) -> tuple[Tree, list[str]]:
+    """The leaves of a target that a source has in the same shape, block by block.
+
+    Blocks are compared by their number in the model, since `Stack` keeps the blocks of a scan as
+    one array and listed ones apart.
+
+    Args:
+        source: nested dict of a model's numpy arrays.
+        target: nested dict of another model's arrays, abstract or not.
+
+    Returns:
+        A part of the target with the source's values, and notes on what was not taken.
+    """
+    there, here = by_block(source), jax.eval_shape(by_block, target)
+    other = {path for path in here.keys() & there if here[path].shape != there[path].shape}
+    taken: dict[Path, np.ndarray] = {}
+    used: set[Path] = set(other)
+    for path, leaf in traverse_util.flatten_dict(target).items():
+        parts = block_paths(path, leaf, target)
+        if not all(part in there and part not in other for part in parts):
+            continue
+        rows = [there[part] for part in parts]
+        taken[path] = rows[0] if parts == [path] else np.stack(rows)
+        used |= set(parts)
+    notes = [
+        f"{_name(path)}: {here[path].shape} here, {there[path].shape} there: starts anew"
+        for path in sorted(other)
+    ]
+    notes += _note("not in the source, start anew", here.keys() - used)
+    notes += _note("in the source alone, not used", there.keys() - used)
+    return traverse_util.unflatten_dict(taken), notes
+
+
+def by_block(params: Tree) -> dict[Path, Any]:
+    """Arrays by path, those of the blocks one by one: ("blocks", number, ...)."""
+    return {
+        part: leaf if part == path else leaf[row]
+        for path, leaf in traverse_util.flatten_dict(params).items()
+        for row, part in enumerate(block_paths(path, leaf, params))
+    }
+
+
+def block_paths(path: Path, leaf: Any, params: Tree) -> list[Path]:
+    """Paths by the block's number of each row of a leaf of the blocks; its own path of another's.
+
+    Row `repeat` of place `place` is block `repeat · period + place`, see `models.stack`.
+    """
+    if path[:2] != ("blocks", "groups"):
+        return [path]
+    period, place, rest = len(params["blocks"]["groups"]), int(path[2]), path[3:]
+    return [("blocks", str(row * period + place), *rest) for row in range(leaf.shape[0])]
+
+
+def _note(what: str, paths: Collection[Path]) -> list[str]:
+    """One line for all paths, none where there are none."""
+    return [f"{what}: {', '.join(sorted(map(_name, paths)))}"] if paths else []
+
+
+def _name(path: Path) -> str:
+    return "/".join(path)
