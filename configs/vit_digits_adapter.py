@@ -18,10 +18,10 @@ from train.config import experiment
 def get_config() -> ConfigDict:
     return experiment(
         "vit",
-        steps=300,
+        steps=200,
         batch=128,
         log_every=50,
-        eval_every=300,
+        eval_every=200,
         init_from="runs/vit_digits_backbone",
         model={
             "patch": 2,
@@ -52,5 +52,5 @@ def get_config() -> ConfigDict:
             "clip": 1e9,
             "trainable": ("moe", "alpha", "head"),
         },
-        checkpoint={"every": 300},
+        checkpoint={"every": 200},
     )

@@ -14,10 +14,10 @@ from train.config import experiment
 def get_config() -> ConfigDict:
     return experiment(
         "vit",
-        steps=400,
+        steps=300,
         batch=128,
         log_every=50,
-        eval_every=400,
+        eval_every=300,
         model={
             "patch": 2,
             "width": 64,
@@ -28,6 +28,6 @@ def get_config() -> ConfigDict:
             "moe_every": 0,
         },
         data={"source": "digits", "crop_padding": 1},
-        optim={"learning_rate": 1e-3, "warmup": 50, "final": 0.02},
-        checkpoint={"every": 400},
+        optim={"learning_rate": 2e-3, "warmup": 50, "final": 0.02},
+        checkpoint={"every": 300},
     )

@@ -82,7 +82,7 @@ def test_the_small_adapter_starts_from_the_backbone_that_is_its_own():
     _, frozen = partition(wanted, ("moe", "alpha"))
     chex.assert_trees_all_equal_shapes(taken, frozen)
     (note,) = notes
-    assert note.startswith("not in the source, start anew: blocks/2/alpha, blocks/2/moe/")
+    assert note.startswith("not in the source, start anew: blocks/1,2,3/alpha, blocks/1,2,3/moe/")
 
 
 @pytest.mark.parametrize("name", NAMES)

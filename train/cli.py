@@ -72,11 +72,12 @@ def define_trained_run() -> None:
     flags.DEFINE_string("step", "newest", "Checkpoint: newest, best (lowest loss), or its step.")
 
 
-def overrides(texts: Sequence[str]) -> dict[str, Any]:
+def overrides(texts: Sequence[str], flag: str = "override") -> dict[str, Any]:
     """What --override gives: dotted keys to Python values, to text where a value is none.
 
     Args:
         texts: each of the form KEY=VALUE.
+        flag: the flag's name, for the error.
 
     Raises:
         ValueError: not of the form KEY=VALUE.
@@ -85,7 +86,7 @@ def overrides(texts: Sequence[str]) -> dict[str, Any]:
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals:
-            raise ValueError(f"--override={text} is not of the form KEY=VALUE")
+            raise ValueError(f"--{flag}={text} is not of the form KEY=VALUE")
         try:
             values[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):

@@ -201,6 +201,12 @@ def freeze(config: Mapping[str, Any]) -> ExperimentConfig:
     return _build(ExperimentConfig, tree | {"model": _build(model_class, model), "data": data})
 
 
+def vit_from_tree(tree: Mapping[str, Any]) -> ViTConfig:
+    """A Vision Transformer's configuration from `dataclasses.asdict` of it, read back from JSON."""
+    model: ViTConfig = _build(ViTConfig, tree)
+    return model
+
+
 def with_vocab(config: ExperimentConfig, vocab_size: int) -> ExperimentConfig:
     """The configuration with the vocabulary of the tokenizer in use."""
     assert isinstance(config.model, LMConfig)

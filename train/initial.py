@@ -52,7 +52,7 @@ def initial_params(run: Run) -> tuple[Tree, list[str]]:
         # Its packages are needed by those alone who name such a source.
         from emoe_jax.interop import initial_params as from_torch
 
-        taken, notes = from_torch(source, model, run.abstract["params"])
+        taken, notes = from_torch(str(folder), model, run.abstract["params"])
     # Routers take their bases for orthonormal, and PyTorch's are off by their last step.
     return map_bases(lambda weight: orthonormalize(jnp.asarray(weight)), taken), notes
 
@@ -152,8 +152,13 @@ def block_paths(path: Path, leaf: Any, params: Tree) -> list[Path]:
 
 
 def _note(what: str, paths: Collection[Path]) -> list[str]:
-    """One line for all paths, none where there are none."""
-    return [f"{what}: {', '.join(sorted(map(_name, paths)))}"] if paths else []
+    """One line for all paths, none where there are none; blocks that have the same are listed."""
+    names = {_name(path) for path in paths if path[0] != "blocks"}
+    inside = [(int(path[1]), path[2:]) for path in paths if path[0] == "blocks"]
+    for rest in {rest for _, rest in inside}:
+        numbers = sorted(number for number, other in inside if other == rest)
+        names.add(f"blocks/{','.join(map(str, numbers))}/{_name(rest)}")
+    return [f"{what}: {', '.join(sorted(names))}"] if names else []
 
 
 def _name(path: Path) -> str:

@@ -24,7 +24,7 @@ from emoe_jax.checkpoint import Checkpoints
 from emoe_jax.config import LMConfig, ViTConfig, require
 from emoe_jax.models import EMoELM, EMoEViT
 from emoe_jax.optim import make_optimizer, partition
-from train.config import ExperimentConfig, freeze, replaced, with_vocab
+from train.config import ExperimentConfig, freeze, replaced, to_json, vit_from_tree, with_vocab
 from train.data.config import TextConfig
 from train.data.text import TextData, load_text
 from train.data.vision import VisionData, load_vision
@@ -33,6 +33,7 @@ from train.step import Steps, make_steps
 Tree = Any
 
 CONFIG_FILE = "config.json"
+MODEL_FILE = "model.json"
 TOKENIZER_FILE = "tokenizer.json"
 CHECKPOINTS = "checkpoints"
 
@@ -267,3 +268,62 @@ def load_trained(
         step = choose_step(checkpoints, which)
         restored = checkpoints.restore(step, wanted, partial=True)
     return run, {"router": {}} | restored.train_state, step
+
+
+def is_saved_model(folder: pathlib.Path) -> bool:
+    """Whether a folder is that of a run, or one that `save_model` wrote."""
+    named = any((folder / name).is_file() for name in (CONFIG_FILE, MODEL_FILE))
+    return named and (folder / CHECKPOINTS).is_dir()
+
+
+def save_model(folder: pathlib.Path, model: EMoEViT) -> None:
+    """Writes a model that no run of ours has made: its configuration and one checkpoint.
+
+    Raises:
+        CheckpointError: it could not be written.
+    """
+    _, params, router = pure.split(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    with Checkpoints(folder / CHECKPOINTS, every=1) as checkpoints:
+        state = {"params": params} | ({"router": router} if router else {})
+        checkpoints.save(0, state, data_state=b"", meta={}, force=True)
+    (folder / MODEL_FILE).write_text(to_json(dataclasses.asdict(model.config)), encoding="utf-8")
+
+
+def read_model_config(folder: pathlib.Path) -> ViTConfig:
+    """The configuration of the Vision Transformer in a folder, see `is_saved_model`.
+
+    Raises:
+        ValueError: it holds a language model.
+    """
+    if (folder / MODEL_FILE).is_file():
+        return vit_from_tree(read_config(folder / MODEL_FILE))
+    model = freeze(read_config(folder / CONFIG_FILE)).model
+    if not isinstance(model, ViTConfig):
+        raise ValueError(f"{folder} is a run of task='lm'; name one of task='vit'")
+    return model
+
+
+def load_model(folder: pathlib.Path, which: str = "newest") -> EMoEViT:
+    """The Vision Transformer of a run or of `save_model`, on the first device; no data are read.
+
+    Args:
+        folder: see `is_saved_model`.
+        which: the checkpoint: "newest", "best" or its step.
+
+    Raises:
+        ValueError: it holds a language model.
+        FileNotFoundError: there is no such checkpoint.
+    """
+    config = read_model_config(folder)
+    model, params, router = pure.abstract_split(model_maker(config, 0))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    state = {"params": params} | ({"router": router} if router else {})
+    wanted = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), state
+    )
+    with Checkpoints(folder / CHECKPOINTS, every=1, read_only=True) as checkpoints:
+        step = choose_step(checkpoints, which)
+        state = {"router": {}} | checkpoints.restore(step, wanted, partial=True).train_state
+    bound: EMoEViT = model.bind(state["params"], state["router"])
+    return bound

@@ -122,7 +122,7 @@ def test_stacked_blocks_are_taken_whole_or_not_at_all():
     target = {"blocks": {"groups": {"0": {"mlp": np.zeros((3, 2))}}}}
     taken, notes = matching(STACKED, target)
     assert taken == {}
-    assert notes[0].endswith("start anew: blocks/0/mlp, blocks/1/mlp, blocks/2/mlp")
+    assert notes[0].endswith("start anew: blocks/0,1,2/mlp")
 
 
 # -------------------------------------------------------------------------------------- from a run
