@@ -3,8 +3,12 @@
 The last three blocks of `vit_digits_backbone` get a branch of experts behind the paper's router.
 Branches and head are trained, everything else keeps the weights of the backbone's run.
 
-Data: load_digits, 1,797 images, every fifth held out. Hardware: two CPU cores. Time: XXX s.
-Result: XXX % of the 360 held-out images, one seed; the backbone alone reaches XXX %.
+Data: load_digits, 1,797 images, every fifth held out. Hardware: two CPU cores. Time: 38 s.
+Result: 96.7 % of the 360 held-out images, one seed, as many as the backbone alone, whose loss of
+0.129 nats falls to 0.115.
+
+The branch behind the last block changes what no class token sees again: as in the release, whose
+branches pass the class token by, it gets no gradient but that of its penalty.
 
     python -m train --config=configs/vit_digits_backbone.py --workdir=runs/vit_digits_backbone
     python -m train --config=configs/vit_digits_adapter.py --workdir=runs/vit_digits_adapter

@@ -5,6 +5,9 @@ with each backend of the grouped product, against one dense MLP over the same T*
 `batched`: a batched product over equal groups that are in place already. That one moves and pads
 nothing, and so shows what E matrices cost whatever the method.
 
+`adapter` times the paper's adapter branch and a training step of its recipe, see
+`train.bench_adapter`.
+
 Runs are interleaved: each round runs every kernel once, and a ratio is the median over rounds of a
 kernel's time over the dense time of the same round, so that a load on the machine that comes and
 goes falls on both.
@@ -15,7 +18,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +27,10 @@ from absl import flags
 from emoe_jax.dispatch import dropless
 from emoe_jax.grouped import grouped_matmul
 from emoe_jax.routers import Routing
+from train import timing
+from train.bench_adapter import adapter
 from train.tables import check_json_path, print_table, write_json
+from train.timing import Row, Step, interleave, milliseconds
 
 # Its own flags, so that several programs can be imported in one process.
 FLAGS = flags.FlagValues()
@@ -53,10 +58,11 @@ flags.DEFINE_multi_enum(
 flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16"], "Of rows and weights.", flag_values=FLAGS
 )
+flags.DEFINE_integer("images", 16, "adapter: images in a batch.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_multi_enum(
+    "model", ["branch", "vit"], ["branch", "vit"], "adapter: what to time.", flag_values=FLAGS
+)
 flags.DEFINE_boolean("help", False, "Print this help.", short_name="h", flag_values=FLAGS)
-
-Row = dict[str, Any]
-Step = Callable[..., Any]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -74,11 +80,16 @@ def main(argv: Sequence[str]) -> int:
     except (flags.Error, ValueError, FileNotFoundError) as error:
         print(f"train.bench: {error}", file=sys.stderr)
         return 2
-    shape = f"T={FLAGS.tokens} D={FLAGS.width} F={FLAGS.hidden} K={FLAGS.chosen} {FLAGS.dtype}"
-    print_table(f"{' '.join(names)}: {shape}", [_shown(row) for row in rows])
+    print_table(f"{' '.join(names)}{_shape(names)}", [_shown(row) for row in rows])
     if FLAGS.json:
         write_json(FLAGS.json, rows)
     return 0
+
+
+def _shape(names: Sequence[str]) -> str:
+    if "grouped" not in names:
+        return ""
+    return f": T={FLAGS.tokens} D={FLAGS.width} F={FLAGS.hidden} K={FLAGS.chosen} {FLAGS.dtype}"
 
 
 def select(names: Sequence[str]) -> list[Callable[[], list[Row]]]:
@@ -159,45 +170,24 @@ def _rounds() -> dict[str, int]:
 
 def _shown(row: Row) -> Row:
     """A row as printed: milliseconds as median (least-most)."""
-    shown = {key: row[key] for key in ("load", "E", "kernel", "rounds")}
+    names = ("load", "E", "kernel", "model", "dtype", "images", "rounds")
+    cells = {name: row[name] for name in names if name in row}
     for part in ("forward", "step"):
-        middle, least, most = (row[f"{part}_ms{end}"] for end in ("", "_min", "_max"))
-        shown[f"{part} ms"] = f"{middle:.0f} ({least:.0f}-{most:.0f})"
-        shown[f"{part} ratio"] = f"{row[f'{part}_ratio']:.2f}"
-    return shown | {"compile s": f"{row['compile_s']:.1f}"}
+        cells[f"{part} ms"] = timing.shown(row, part)
+        for end in ("ratio", "images_per_s"):
+            if f"{part}_{end}" in row:
+                cells[f"{part} {end.replace('_', ' ')}"] = f"{row[f'{part}_{end}']:.2f}"
+    if "compile_s" in row:
+        cells["compile s"] = f"{row['compile_s']:.1f}"
+    return cells
 
 
 def _summary(part: str, times: list[float], dense: list[float]) -> Row:
     ratios = [mine / other for mine, other in zip(times, dense, strict=False)]
-    return {
-        f"{part}_ms": 1e3 * statistics.median(times),
-        f"{part}_ms_min": 1e3 * min(times),
-        f"{part}_ms_max": 1e3 * max(times),
+    return milliseconds(part, times) | {
         f"{part}_ratio": statistics.median(ratios),
         f"{part}_ratio_of_min": min(times) / min(dense),
     }
-
-
-def interleave(programs: dict[Any, Step], rounds: dict[Any, int]) -> dict[Any, list[float]]:
-    """Times programs in turn, one run of each a round, after one run of each that is not timed.
-
-    Args:
-        programs: what to run, by name.
-        rounds: in how many rounds each takes part, from the first on.
-
-    Returns:
-        Seconds of each run, by name.
-    """
-    times: dict[Any, list[float]] = {name: [] for name in programs}
-    for program in programs.values():
-        jax.block_until_ready(program())
-    for turn in range(max(rounds.values())):
-        for name, program in programs.items():
-            if turn < rounds[name]:
-                start = time.perf_counter()
-                jax.block_until_ready(program())
-                times[name].append(time.perf_counter() - start)
-    return times
 
 
 def _operands(
@@ -257,7 +247,10 @@ def _expert_mlp(
     return dropless.combine(grouped_matmul(hidden, w_out, groups.sizes, backend=kernel), groups)
 
 
-BENCHMARKS: dict[str, Callable[[], list[Row]]] = {"grouped": grouped}
+BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
+    "grouped": grouped,
+    "adapter": lambda: adapter(FLAGS.images, FLAGS.repeats, FLAGS.model, FLAGS.dtype),
+}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv))

@@ -68,8 +68,8 @@ class ExperimentConfig:
         profile: steps of which an xprof trace is written, 0 for none.
         prompt: beginning of the text that a language model continues at the end of training.
         init_from: where a Vision Transformer's initial weights come from, see `train.initial`: the
-            folder of a run, or a file, a folder or a Hub name in PyTorch format. Empty: they are
-            drawn. A resumed run does not read it.
+            folder of a run or of `train.convert`, or a file, a folder or a Hub name in PyTorch
+            format. Empty: they are drawn. A resumed run does not read it.
         model: the model, its experts and their router included.
         data: the data.
         optim: the optimizer.

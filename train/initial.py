@@ -1,6 +1,6 @@
 """The weights that a Vision Transformer starts from: those of another run, or of PyTorch.
 
-`init_from` names the folder of a run (config.json and checkpoints/), or what
+`init_from` names the folder of a run or of `python -m train.convert`, or what
 `emoe_jax.interop.initial_params` reads: a file, a folder or a Hub name in PyTorch format. Only the
 parameters are taken, and only those that fit; the rest starts anew.
 """
@@ -18,11 +18,8 @@ from flax import traverse_util
 
 from emoe_jax import pure
 from emoe_jax.basis import map_bases, orthonormalize
-from emoe_jax.checkpoint import Checkpoints
 from emoe_jax.config import ViTConfig, require
-from emoe_jax.sharding import replicated
-from train.config import freeze
-from train.run import CHECKPOINTS, CONFIG_FILE, Run, choose_step, model_maker, read_config
+from train.run import Run, is_saved_model, load_model
 
 Tree = Any
 Path = tuple[str, ...]
@@ -45,8 +42,8 @@ def initial_params(run: Run) -> tuple[Tree, list[str]]:
     source, model = run.config.init_from, run.config.model
     assert isinstance(model, ViTConfig)
     folder = pathlib.Path(source).expanduser()
-    if (folder / CONFIG_FILE).is_file() and (folder / CHECKPOINTS).is_dir():
-        taken, notes = _from_run(folder, run)
+    if is_saved_model(folder):
+        taken, notes = _from_folder(folder, run)
     else:
         _check_folder(folder)
         # Its packages are needed by those alone who name such a source.
@@ -78,24 +75,12 @@ def _check_folder(folder: pathlib.Path) -> None:
     )
 
 
-def _from_run(folder: pathlib.Path, run: Run) -> tuple[Tree, list[str]]:
-    """Takes what fits from the newest checkpoint of a run; its data are not needed."""
-    config = freeze(read_config(folder / CONFIG_FILE))
-    require(
-        isinstance(config.model, ViTConfig),
-        f"init_from={folder} is a run of task={config.task!r}; name one of task='vit'",
-    )
-    _, params, _ = pure.abstract_split(model_maker(config.model, config.seed))
-    everywhere = replicated(run.mesh)
-    wanted = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), params
-    )
-    with Checkpoints(folder / CHECKPOINTS, every=1, read_only=True) as checkpoints:
-        step = choose_step(checkpoints, "newest")
-        restored = checkpoints.restore(step, {"params": wanted}, partial=True).train_state
-    taken, notes = matching(jax.device_get(restored["params"]), run.abstract["params"])
+def _from_folder(folder: pathlib.Path, run: Run) -> tuple[Tree, list[str]]:
+    """Takes what fits from the newest checkpoint in a folder of ours."""
+    _, params, _ = pure.split(load_model(folder))
+    taken, notes = matching(jax.device_get(params), run.abstract["params"])
     require(bool(taken), f"init_from={folder} holds no parameter that fits: {'; '.join(notes)}")
-    return taken, [f"step {step} of {folder}", *notes]
+    return taken, [f"the newest checkpoint in {folder}", *notes]
 
 
 def matching(source: Tree, target: Tree) -> tuple[Tree, list[str]]:

@@ -155,6 +155,10 @@ def _kernel(dispatch: str) -> str:
 def _start(run: Run) -> Tree:
     """The training state of step 0, with the weights that `init_from` names."""
     if not run.config.init_from:
+        if run.config.optim.trainable:
+            LOGGER.warning(
+                "what optim.trainable leaves out stays as it is drawn: init_from is empty"
+            )
         return run.init()
     # Read before `init` is compiled.
     taken, notes = initial_params(run)

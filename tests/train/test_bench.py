@@ -53,20 +53,11 @@ def test_kernels_compute_the_same_outputs_and_gradients():
         np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-6)
 
 
-def test_interleave_runs_in_turn():
-    calls = []
-    programs = {name: (lambda name=name: calls.append(name)) for name in "ab"}
-    times = bench.interleave(programs, {"a": 3, "b": 1})
-    # One untimed run of each, then rounds; b takes part in the first alone.
-    assert "".join(calls) == "ab" + "ab" + "a" + "a"
-    assert [len(times[name]) for name in "ab"] == [3, 1]
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["layers"], "unknown benchmark 'layers'; choose from grouped"),
-        ([], "no benchmark named; choose from grouped"),
+        (["layers"], "unknown benchmark 'layers'; choose from grouped, adapter"),
+        ([], "no benchmark named; choose from grouped, adapter"),
         (["grouped", "--experts=8,x"], "--experts=8,x must be positive integers"),
         (["grouped", "--experts=2", "--chosen=3"], "--chosen=3 experts a token needs at least"),
         (["grouped", "--repeats=0"], "repeats"),
@@ -81,7 +72,7 @@ def test_bad_input_is_refused(capsys, words, message):
 def test_help_lists_benchmarks(capsys):
     assert bench.main(["bench", "--help"]) == 0
     printed = capsys.readouterr().out
-    assert "Benchmarks: grouped." in printed
+    assert "Benchmarks: grouped, adapter." in printed
     assert "--tokens" in printed
 
 

@@ -10,16 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from emoe_jax import basis as bases
 from emoe_jax import sharding
 from emoe_jax.checkpoint import Checkpoints
+from emoe_jax.models import EMoEViT
 from tests.train.tiny import lm_tree, mesh_of_one, vit_tree
 from train import loop
 from train.config import freeze, to_json
 from train.initial import by_block, initial_params, matching, place_params
 from train.loop import train
-from train.run import build, load_trained
+from train.run import build, load_trained, save_model
 
 BACKBONE = {"patch": 4, "width": 8, "depth": 2, "heads": 2, "mlp_hidden": 8, "pooling": "class"}
 PLAIN = BACKBONE | {"moe_every": 0}
@@ -142,7 +144,7 @@ def test_an_adapter_starts_from_its_backbone_and_keeps_it(
         same = np.array_equal(leaf, ours[path])
         assert same != (path[0] == "head"), path
     told = lines()
-    assert f"init_from: step 7 of {backbone}" in told
+    assert f"init_from: the newest checkpoint in {backbone}" in told
     (note,) = [line for line in told if "not in the source" in line]
     assert note.startswith(
         "init_from: not in the source, start anew: blocks/0/alpha, blocks/0/moe/"
@@ -164,6 +166,12 @@ def test_a_model_without_experts_says_so(backbone, tmp_path, one_device, lines):
     (size,) = [line for line in lines() if "active per token" in line]
     assert size.endswith("; no experts")
     assert "of them trained" not in size
+
+
+def test_freezing_what_is_drawn_is_pointed_out(tmp_path, one_device, lines):
+    run = build(freeze(adapter("")), tmp_path)
+    assert loop._start(dataclasses.replace(run, init=lambda: {})) == {}
+    assert lines() == ["what optim.trainable leaves out stays as it is drawn: init_from is empty"]
 
 
 def test_weights_are_put_where_those_drawn_were(tmp_path):
@@ -242,7 +250,7 @@ def test_a_source_that_is_not_there_is_refused(backbone, tmp_path, one_device, m
 def test_a_run_of_text_is_refused(tmp_path, one_device, monkeypatch):
     text = tmp_path / "text"
     write_run(text, lm_tree())
-    words = f"init_from={text} is a run of task='lm'; name one of task='vit'"
+    words = f"{text} is a run of task='lm'; name one of task='vit'"
     refused(adapter(text), tmp_path / "run", ValueError, words, monkeypatch)
 
 
@@ -257,6 +265,13 @@ def test_a_run_of_which_nothing_fits_is_refused(backbone, tmp_path, one_device, 
     other = adapter(backbone, model=ADAPTER | {"width": 16, "mlp_hidden": 32}, data={"classes": 11})
     words = rf"init_from={backbone} holds no parameter that fits: .*position"
     refused(other, tmp_path, ValueError, words, monkeypatch)
+
+
+def test_a_converted_model_is_a_source_too(tmp_path, one_device):
+    model = EMoEViT(freeze(vit_tree(model=PLAIN)).model, rngs=nnx.Rngs(0))
+    save_model(tmp_path / "converted", model)
+    taken, _ = initial_params(build(freeze(adapter(tmp_path / "converted")), tmp_path))
+    np.testing.assert_array_equal(taken["position"], model.position[...])
 
 
 def test_the_data_of_the_source_are_not_needed(backbone, tmp_path, one_device):
