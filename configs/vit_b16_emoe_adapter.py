@@ -5,7 +5,8 @@ figures are those of the release (github.com/Belis0811/EMoE at 5453639, train_ev
 in this: the release's freeze_backbone freezes the head as well, here it is trained; the release
 decays every trained weight, here matrices alone are; it crops with bilinear interpolation, here
 it is bicubic; it evaluates the centre 224 of 256 pixels, here the whole image; it stops early; its
-mixed precision is float16, here bfloat16. As in the release, the branch behind the last block is
+mixed precision is float16, here bfloat16 with float32 routers; its experts start uniform, here
+normal. As in the release, the branch behind the last block is
 idle: it changes patches alone, and the class token that is classified never sees them again.
 
 Data: tensorflow-datasets `cifar100`, prepared once where there is a network (extra `tfds`):

@@ -139,8 +139,9 @@ def prepare_in_pass(weight: Array, method: str = "qr") -> Array:
     """The basis of one training pass, where `prepare_bases` was not called before it.
 
     "qr" and "cholesky_qr" factorise the weight, gradients pass through. "retraction" is the paper's
-    released code: the forward pass sees the Q factor as LAPACK gives it, whatever its signs, and
-    the gradient is that of this Q as a free matrix.
+    released code: the forward pass sees the Q factor, and the gradient is that of Q as a free
+    matrix. Signs are fixed, as everywhere here; the release takes LAPACK's, which may turn columns
+    of a weight that was not retracted before (energies are even in z, so outputs are the same).
 
     Args:
         weight: [...,D,R].
@@ -149,7 +150,7 @@ def prepare_in_pass(weight: Array, method: str = "qr") -> Array:
     if method != "retraction":
         return orthonormalize(weight, method)
     # w - stop(w) is an exact zero that carries the gradient.
-    return lax.stop_gradient(jnp.linalg.qr(weight)[0]) + (weight - lax.stop_gradient(weight))
+    return lax.stop_gradient(qr(weight)) + (weight - lax.stop_gradient(weight))
 
 
 def orthonormality_error(basis: Array) -> Array:

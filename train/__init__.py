@@ -1,1 +1,7 @@
 """The programs: run from a checkout, not part of the wheel."""
+
+import os
+
+# LAPACK's own threads (QR on CPU) spin beside XLA's: where other work shares the cores, a step of a
+# router with a basis was measured to take up to ten times as long. It is read when scipy is loaded.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

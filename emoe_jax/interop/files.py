@@ -82,7 +82,8 @@ def locate(name_or_path: str | os.PathLike[str]) -> pathlib.Path:
     Args:
         name_or_path: a file, or a folder that holds model.safetensors. If there is no such file or
             folder, a string "OWNER/NAME" (one slash, no suffix of a weight file) is the name of a
-            Hub repository: its model.safetensors and config.json are downloaded.
+            Hub repository: its model.safetensors (or only weight file) and config.json are
+            downloaded.
 
     Returns:
         The file. From the Hub, config.json lies beside it.
@@ -138,7 +139,10 @@ def write_safetensors(
 
 
 def _download(name: str) -> pathlib.Path:
-    """Fetches config.json and model.safetensors of a Hub repository into the Hub's cache."""
+    """Fetches the weights of a Hub repository, and its config.json, into the Hub's cache.
+
+    The weights are model.safetensors, or the only weight file that there is.
+    """
     try:
         hub = importlib.import_module("huggingface_hub")
     except ModuleNotFoundError as error:
@@ -147,12 +151,21 @@ def _download(name: str) -> pathlib.Path:
             " that name needs huggingface_hub: pip install 'emoe_jax[hub]'"
         ) from error
     try:
-        hub.hf_hub_download(name, CONFIG)
-        return pathlib.Path(hub.hf_hub_download(name, MODEL))
+        there = hub.list_repo_files(name)
+        weights = [file for file in there if file.endswith((SAFETENSORS, *TORCH))]
+        chosen = [MODEL] if MODEL in weights else weights
+        require(
+            len(chosen) == 1,
+            f"The Hugging Face Hub repository {name} has no {MODEL}, and of other weight files:"
+            f" {', '.join(weights) or 'none'}. Download the one you want and give the file.",
+        )
+        if CONFIG in there:
+            hub.hf_hub_download(name, CONFIG)
+        return pathlib.Path(hub.hf_hub_download(name, chosen[0]))
     except OSError as error:
         raise FileNotFoundError(
-            f"There is no file or folder {name}, and {CONFIG} and {MODEL} could not be fetched from"
-            f" the Hugging Face Hub repository of that name: {error}"
+            f"There is no file or folder {name}, and its weights could not be fetched from the"
+            f" Hugging Face Hub repository of that name: {error}"
         ) from error
 
 

@@ -127,19 +127,29 @@ def test_other_suffix(tmp_path):
         files.read_state(tmp_path / "w.npz")
 
 
+REPOSITORIES = {
+    HUB: ["config.json", "model.safetensors", "weights.pth"],
+    "old/release": ["README.md", "weights.pth"],
+    "many/files": ["a.pth", "b.pth"],
+}
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A Hub with the one repository HUB; notes what it was asked for."""
+    """A Hub with some repositories; notes what it was asked for."""
     asked = []
     write(tmp_path, w=ramp(2))
 
     def hf_hub_download(repository, file):
         asked.append((repository, file))
-        if repository != HUB:
-            raise OSError(f"404 {repository}")
         return str(tmp_path / file)
 
-    fake = types.SimpleNamespace(hf_hub_download=hf_hub_download)
+    def list_repo_files(repository):
+        if repository in REPOSITORIES:
+            return REPOSITORIES[repository]
+        raise OSError(f"404 {repository}")
+
+    fake = types.SimpleNamespace(hf_hub_download=hf_hub_download, list_repo_files=list_repo_files)
     monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
     return asked
 
@@ -147,6 +157,17 @@ def hub(tmp_path, monkeypatch):
 def test_hub_repository(hub):
     assert set(files.read_state(HUB)) == {"w"}
     assert hub == [(HUB, "config.json"), (HUB, "model.safetensors")]
+
+
+def test_hub_repository_with_one_other_file(hub):
+    assert files.locate("old/release").name == "weights.pth"
+    assert hub == [("old/release", "weights.pth")]
+
+
+def test_hub_repository_with_a_choice(hub):
+    with pytest.raises(ValueError, match=r"many/files has no model.* a\.pth, b\.pth\. Download"):
+        files.locate("many/files")
+    assert hub == []
 
 
 def test_hub_has_no_such_repository(hub):
