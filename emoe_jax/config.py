@@ -290,9 +290,11 @@ class ViTConfig:
         require(self.registers >= 0, f"registers={self.registers} is below zero")
         require(self.layer_scale >= 0, f"layer_scale={self.layer_scale} is below zero")
         require(
-            not self.distilled or (self.pooling == "class" and not self.registers),
-            f"distilled needs pooling='class' and no registers, got pooling={self.pooling!r} and"
-            f" registers={self.registers}",
+            not self.distilled
+            or (self.pooling == "class" and not self.registers and not self.norm_after_pooling),
+            "distilled needs pooling='class', no registers and the last norm before the pooling;"
+            f" got pooling={self.pooling!r}, registers={self.registers} and"
+            f" norm_after_pooling={self.norm_after_pooling}",
         )
         require(
             not self.route_class or (self.moe_form == "adapter" and self.has_class_token),

@@ -202,3 +202,17 @@ def test_drift_of_one_turned_direction_is_the_sine_over_the_root_of_the_rank(ang
     assert float(bases.drift(before, after)) == pytest.approx(expected, rel=1e-4)
     projectors = before @ before.T - after @ after.T
     assert float(jnp.linalg.norm(projectors)) / np.sqrt(8) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["qr", "cholesky_qr", "retraction"])
+def test_prepared_in_a_pass(method):
+    # Neither orthonormal nor of the signs that LAPACK would choose.
+    weight = bases.qr(draw((6, 3), 3)) + 0.02 * draw((6, 3), 4)
+    target = draw((6, 3), 5)
+    value, pull = jax.vjp(lambda w: bases.prepare_in_pass(w, method), weight)
+    (gradient,) = pull(target)
+    factor, through = jax.vjp(bases.qr, weight)
+    chex.assert_trees_all_close(value, factor, atol=1e-6)
+    # As a free matrix with "retraction", through the factorisation otherwise.
+    expected = target if method == "retraction" else through(target)[0]
+    chex.assert_trees_all_close(gradient, expected, atol=1e-4)

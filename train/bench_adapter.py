@@ -43,7 +43,7 @@ def adapter(images: int, repeats: int, models: list[str], dtype: str) -> list[Ro
         One row for each: milliseconds (median, least, most) and images per second of the forward
         pass (`forward_`) and of a training step (`step_`).
     """
-    experiment = freeze(get_config())
+    experiment = recipe()
     model = dataclasses.replace(experiment.model, dtype=dtype)
     experiment = dataclasses.replace(experiment, model=model, batch=images)
     makers = {"branch": branch_programs, "vit": vit_programs}
@@ -57,6 +57,11 @@ def adapter(images: int, repeats: int, models: list[str], dtype: str) -> list[Ro
             row[f"{part}_images_per_s"] = images / (row[f"{part}_ms"] / 1e3)
         rows.append(row)
     return rows
+
+
+def recipe() -> ExperimentConfig:
+    """The experiment whose parts are timed."""
+    return freeze(get_config())
 
 
 def branch_programs(experiment: ExperimentConfig, images: int) -> dict[str, Step]:

@@ -2,8 +2,8 @@
 
 From PyTorch: SOURCE is a `.safetensors` or `.pth` file, a folder with model.safetensors, or a Hub
 repository; TARGET a folder, which gets `model.json` and a checkpoint (`--config.init_from=TARGET`
-trains from it). `--set` tells what the weights do not: num_heads, and the release's MoEConfig where
-no config.json lies beside them, such as --set num_heads=12 --set router_mode=top1.
+trains from it). `--set` tells what the weights do not: num_heads, and the release's MoEConfig but
+for what a config.json beside them tells, such as --set num_heads=12 --set router_mode=top1.
 
 To PyTorch: SOURCE is such a folder, or that of a run; TARGET a `.safetensors` file that the
 release's (or, without experts, timm's) load_state_dict takes with strict=True.
@@ -41,9 +41,8 @@ def to_ours(source: str, target: pathlib.Path, told: dict[str, Any]) -> Rows:
     )
     file = files.locate(source)
     state = files.read_state(file)
-    beside = (file.parent / files.CONFIG).is_file()
     if any(name.startswith("vit.") for name in state):
-        model = interop.load_emoe(file, None if beside and not told else told)
+        model = interop.load_emoe(file, told)
     else:
         model = interop.load_vit(state, told)
     save_model(target, model)

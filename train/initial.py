@@ -19,6 +19,7 @@ from flax import traverse_util
 from emoe_jax import pure
 from emoe_jax.basis import map_bases, orthonormalize
 from emoe_jax.config import ViTConfig, require
+from emoe_jax.optim import partition
 from train.run import Run, is_saved_model, load_model
 
 Tree = Any
@@ -61,6 +62,18 @@ def place_params(params: Tree, taken: Tree) -> Tree:
         drawn = leaves[path]
         leaves[path] = jax.device_put(np.asarray(leaf, drawn.dtype), drawn.sharding)
     return traverse_util.unflatten_dict(leaves)
+
+
+def check_frozen(run: Run, taken: Tree) -> None:
+    """Raises `ValueError` if a parameter that is not trained would keep what was drawn for it."""
+    _, frozen = partition(run.abstract["params"], run.config.optim.trainable)
+    missing = traverse_util.flatten_dict(frozen).keys() - traverse_util.flatten_dict(taken).keys()
+    require(
+        not missing,
+        f"init_from={run.config.init_from} gives nothing, or other shapes, for parameters that"
+        f" optim.trainable leaves out: {', '.join(sorted(map(_name, missing)))}; train them too, or"
+        " start from weights of this size",
+    )
 
 
 def _check_folder(folder: pathlib.Path) -> None:

@@ -33,7 +33,7 @@ from train.evaluate import (
     routing_rows,
 )
 from train.flops import active_parameters, flops_per_unit
-from train.initial import initial_params, place_params
+from train.initial import check_frozen, initial_params, place_params
 from train.logs import RunLog, peak_flops
 from train.run import CONFIG_FILE, Run, build, open_checkpoints, read_config
 
@@ -164,6 +164,7 @@ def _start(run: Run) -> Tree:
     taken, notes = initial_params(run)
     for note in notes:
         LOGGER.info("init_from: %s", note)
+    check_frozen(run, taken)
     LOGGER.info("%s parameters start from %s", f"{_count(taken):,}", run.config.init_from)
     state = run.init()
     return state | {"params": place_params(state["params"], taken)}

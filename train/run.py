@@ -305,7 +305,9 @@ def read_model_config(folder: pathlib.Path) -> ViTConfig:
 
 
 def load_model(folder: pathlib.Path, which: str = "newest") -> EMoEViT:
-    """The Vision Transformer of a run or of `save_model`, on the first device; no data are read.
+    """The Vision Transformer of a run or of `save_model`, without reading any data.
+
+    Its arrays are on the first device of this process.
 
     Args:
         folder: see `is_saved_model`.
@@ -317,7 +319,7 @@ def load_model(folder: pathlib.Path, which: str = "newest") -> EMoEViT:
     """
     config = read_model_config(folder)
     model, params, router = pure.abstract_split(model_maker(config, 0))
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     state = {"params": params} | ({"router": router} if router else {})
     wanted = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), state

@@ -18,7 +18,7 @@ from emoe_jax.basis import prepare_bases
 from emoe_jax.losses import cross_entropy
 from emoe_jax.metrics import routing_metrics
 from emoe_jax.models.stack import update_router_state
-from emoe_jax.moe import Aux
+from emoe_jax.moe import Aux, auxiliary_loss
 from emoe_jax.optim import global_norm, merge, partition, schedule
 from emoe_jax.pure import Pure
 from train.config import ExperimentConfig
@@ -61,7 +61,7 @@ def make_steps(
         params: Tree, router: Tree, batch: Batch, key: Array, total: Array
     ) -> tuple[Array, tuple[Sums, dict[str, Aux]]]:
         sums, aux = forward(pure.bind(params, router), batch, key)
-        penalty = sum((jnp.sum(layer.loss) for layer in aux.values()), jnp.zeros((), jnp.float32))
+        penalty = auxiliary_loss(aux)
         loss = sums["loss"] / total + penalty / config.accumulate
         return loss, (sums | {"penalty": penalty / config.accumulate}, aux)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,14 @@ import numpy as np
 from flax import nnx
 
 from emoe_jax import pure
-from emoe_jax.config import BasisConfig, MoEConfig, RouterConfig, ViTConfig, require
+from emoe_jax.config import (
+    BasisConfig,
+    MoEConfig,
+    RouterConfig,
+    ViTConfig,
+    moe_layers,
+    require,
+)
 from emoe_jax.interop import files, mapping, vit
 from emoe_jax.models.vit import EMoEViT
 
@@ -53,7 +60,8 @@ def load_emoe(source: Source, config: Mapping[str, Any] | None = None) -> EMoEVi
             such as "anzheCheng/EMoE" (needs the extra `hub`), or the state dict as arrays.
         config: the release's MoEConfig as a mapping (what is left out has the release's default),
             with `num_heads`, and where the weights leave a choice `img_size` and `global_pool`; see
-            `interop.vit.FACTS`. Where omitted it is read from the config.json beside the weights.
+            `interop.vit.FACTS`. Of a file, what is left out is first looked for in the config.json
+            beside it, as the release's class for the Hub writes it.
             Another `img_size` than the checkpoint's resizes the position embeddings.
 
     Raises:
@@ -125,9 +133,35 @@ def export_emoe(model: nnx.Module | Tree) -> dict[str, np.ndarray]:
         ValueError: the model has parts that the release knows nothing of; all are named.
     """
     whole = isinstance(model, nnx.Module)
+    if isinstance(model, EMoEViT):
+        _check_exportable(model.config)
     tree = pure.plain(nnx.state(model)) if whole else _as_tree(model)
     state = mapping.to_torch(tree)
     return _with_companions(state) if whole else state
+
+
+def _check_exportable(config: ViTConfig) -> None:
+    """Raises `ValueError` for what the release computes in another way, or not at all."""
+    require(
+        config.head_dim in (0, config.width // config.heads),
+        f"head_dim={config.head_dim} is not width / heads, as it is in every timm model",
+    )
+    if not any(moe_layers(config)):
+        return
+    moe = config.moe
+    same = {
+        "moe_form": (config.moe_form, ("adapter",)),
+        "moe.router": (moe.router, ("eigen",)),
+        "moe.activation": (moe.activation, ("gelu",)),
+        "moe.dispatch": (moe.dispatch, ("dense", "dropless")),
+        "moe.top_k": (moe.top_k, (1, 2, moe.experts)),
+    }
+    for name, (value, choices) in same.items():
+        require(
+            value in choices,
+            f"the release has no {name}={value!r}, only {', '.join(map(str, choices))}; such a"
+            " model has no place in a checkpoint of the release",
+        )
 
 
 def export_vit(model: nnx.Module | Tree) -> dict[str, np.ndarray]:
@@ -174,7 +208,7 @@ def initial_params(source: Source, config: ViTConfig, params: Tree) -> tuple[Tre
     wrong = [
         line
         for line in mapping.problems(state, params, entries)
-        if not line.split(" ")[1].startswith(optional) and not line.startswith("unexpected")
+        if not line.split(" ")[1].startswith(optional)
     ]
     require(not wrong, _report("the checkpoint does not fit the model", wrong))
     fits = {
@@ -191,8 +225,10 @@ def initial_params(source: Source, config: ViTConfig, params: Tree) -> tuple[Tre
     return mapping.from_torch(state, params, taken), notes
 
 
-def released_blocks(spec: str, depth: int) -> tuple[int, ...]:
+def released_blocks(spec: str | Sequence[int], depth: int) -> tuple[int, ...]:
     """The blocks that the release's `blocks` names: "all", "last6", "last4", or as in "1,3".
+
+    A sequence of numbers, or one, does as well.
 
     Numbers outside the depth are dropped, as in the release.
 
@@ -203,7 +239,8 @@ def released_blocks(spec: str, depth: int) -> tuple[int, ...]:
         return tuple(range(depth))
     if spec in ("last6", "last4"):
         return tuple(range(max(0, depth - int(spec[4:])), depth))
-    parts = [part.strip() for part in str(spec).split(",")]
+    listed = spec if isinstance(spec, Sequence) and not isinstance(spec, str) else [spec]
+    parts = [part.strip() for part in ",".join(map(str, listed)).split(",")]
     require(
         all(part.lstrip("-").isdigit() for part in parts),
         f"blocks={spec!r} must be 'all', 'last6', 'last4', or numbers as in '1,3'",
@@ -216,28 +253,22 @@ def _read(source: Source, config: Mapping[str, Any] | None) -> tuple[State, Mapp
         require(config is not None, "a state dict comes without a configuration; give it")
         return files.cleaned(source), dict(config or {})
     path = files.locate(source)
-    if config is None:
-        config = _beside(path)
-    return files.read_state(path), dict(config)
-
-
-def _beside(path: pathlib.Path) -> dict[str, Any]:
-    """The configuration that the release's Hub wrapper writes beside the weights."""
-    folder = path if path.is_dir() else path.parent
-    file = folder / "config.json"
+    beside = path.parent / files.CONFIG
     require(
-        file.is_file(),
-        f"there is no {file}; give the release's MoEConfig and num_heads as config",
+        config is not None or beside.is_file(),
+        f"there is no {beside}; give the release's MoEConfig and num_heads as config",
     )
-    tree = json.loads(file.read_text(encoding="utf-8"))
+    return files.read_state(path), _beside(beside) | dict(config or {})
+
+
+def _beside(file: pathlib.Path) -> dict[str, Any]:
+    """What the config.json of the release's class for the Hub tells; nothing of other files."""
+    tree = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if "moe_config" not in tree:
+        return {}
     name = str(tree.get("vit_model_name", ""))
     heads = [count for size, count in _HEADS.items() if f"_{size}_" in name]
-    require(
-        len(heads) == 1 and isinstance(tree.get("moe_config"), dict),
-        f"{file} does not tell the model (vit_model_name={name!r}, moe_config="
-        f"{tree.get('moe_config')!r}); give config with num_heads",
-    )
-    return {"num_heads": heads[0]} | tree["moe_config"]
+    return dict(tree["moe_config"]) | ({"num_heads": heads[0]} if len(heads) == 1 else {})
 
 
 def _released_config(config: Mapping[str, Any]) -> dict[str, Any]:

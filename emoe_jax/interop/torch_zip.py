@@ -19,6 +19,7 @@ import os
 import pathlib
 import pickle
 import pickletools
+import reprlib
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -55,6 +56,10 @@ _ZIP_ERRORS = (
     RuntimeError,
     OSError,
 )
+
+# Elements of a tensor that repeats those of its storage (`expand`): state dicts hold few such, and
+# small ones.
+_EXPANDED = 2**20
 
 _ZIP = b"PK\x03\x04"
 # torch.serialization.MAGIC_NUMBER, pickled: how files without an archive begin.
@@ -155,7 +160,7 @@ class _Unpickler(pickle.Unpickler):
         tag, kind, key, _, numel = pid
         known = tag == "storage" and isinstance(kind, str) and kind in _DTYPES
         if not known or type(key) is not str or type(numel) is not int:
-            raise TypeError(f"{pid!r} is no storage")
+            raise TypeError(f"{reprlib.repr(pid)} is no storage")
         return _Storage(key, kind, numel)
 
 
@@ -195,7 +200,14 @@ def _explain(path: pathlib.Path) -> Iterator[None]:
 
 
 def _entry(archive: zipfile.ZipFile, name: str, path: pathlib.Path) -> bytes:
-    """The bytes of one entry; zipfile compares its checksum."""
+    """The bytes of one entry; zipfile compares its checksum.
+
+    torch stores entries as they are. A compressed one may unpack to far more than the file holds.
+    """
+    require(
+        archive.getinfo(name).compress_type == zipfile.ZIP_STORED,
+        f"{path} has a compressed entry {name}, which torch.save does not write. {_RESAVE}",
+    )
     with _explain(path):
         return archive.read(name)
 
@@ -277,7 +289,7 @@ def _select(checkpoint: Any, path: pathlib.Path) -> dict[str, _Tensor]:
                 return names
     raise ValueError(
         f"{path} holds no named tensors, at its top or under {', '.join(WRAPPERS)}; its entries are"
-        f" {', '.join(map(repr, list(checkpoint)[:5])) or 'none'}. {_RESAVE}"
+        f" {', '.join(map(reprlib.repr, list(checkpoint)[:5])) or 'none'}. {_RESAVE}"
     )
 
 
@@ -303,8 +315,8 @@ def _check_tensor(name: str, tensor: _Tensor) -> None:
     numbers = numbers and all(type(n) is int and n >= 0 for n in (offset, *shape, *strides))
     require(
         isinstance(storage, _Storage) and numbers and len(shape) == len(strides) <= 64,
-        f"{name} has no valid storage, offset, shape and strides (offset {offset!r}, shape"
-        f" {shape!r}, strides {strides!r}). {_DAMAGED}",
+        f"{name} has no valid storage, offset, shape and strides (offset {reprlib.repr(offset)},"
+        f" shape {reprlib.repr(shape)}, strides {reprlib.repr(strides)}). {_DAMAGED}",
     )
     last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
     require(
@@ -313,8 +325,12 @@ def _check_tensor(name: str, tensor: _Tensor) -> None:
         f" outside its storage of {storage.numel}. {_DAMAGED}",
     )
     # Elements may share memory (expand), so the storage's size does not bound the tensor's.
-    size = math.prod(max(n, 1) for n in shape) * _DTYPES[storage.kind].itemsize
-    require(size < 2**63, f"{name} of shape {shape} is too large. {_DAMAGED}")
+    count = math.prod(max(n, 1) for n in shape)
+    limit = max(storage.numel, _EXPANDED)
+    require(
+        count <= limit,
+        f"{name} expands {storage.numel} stored elements to {count}, more than {limit}. {_DAMAGED}",
+    )
 
 
 def _storage(

@@ -27,9 +27,11 @@ FACTS = (
     "class_token",
     "qk_norm",
     "qkv_bias",
+    "act_layer",
 )
 """Shape facts of a Vision Transformer by timm's names. `num_heads` cannot be read off the weights,
-`img_size`, `global_pool` and `no_embed_class` not always; the others are checked against them."""
+`img_size`, `global_pool` and `no_embed_class` not always; the others are checked against them.
+`act_layer` must be "gelu", the exact one, which is timm's default."""
 
 _REFUSED = {
     "norm_pre.": "a norm before the blocks (pre_norm, as in CLIP)",
@@ -109,6 +111,12 @@ def settings(state: State, facts: Mapping[str, Any]) -> dict[str, Any]:
             weights.
     """
     refuse_variants(state)
+    activation = facts.get("act_layer", "gelu")
+    require(
+        activation == "gelu",
+        f"act_layer={activation!r} is not supported; EMoEViT computes the exact GELU",
+    )
+    size = _square(facts.get("img_size"))
     D, channels, patch, other = state["patch_embed.proj.weight"].shape
     require(patch == other, f"patches of {patch} by {other} pixels are not square")
     depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
@@ -130,9 +138,9 @@ def settings(state: State, facts: Mapping[str, Any]) -> dict[str, Any]:
     for name, found in known.items():
         given = facts.get(name, found)
         require(given == found, f"{name}={given}, but the checkpoint has {found}")
-    grid, embed_prefix = _grid(state["pos_embed"].shape[1], prefix, patch, facts)
+    grid, embed_prefix = _grid(state["pos_embed"].shape[1], prefix, patch, facts, size)
     return {
-        "image_size": int(facts.get("img_size") or grid * patch),
+        "image_size": size or grid * patch,
         "patch": patch,
         "channels": channels,
         "classes": classes,
@@ -151,6 +159,16 @@ def settings(state: State, facts: Mapping[str, Any]) -> dict[str, Any]:
         "qk_norm": known["qk_norm"],
         "qkv_bias": known["qkv_bias"],
     }
+
+
+def _square(size: Any) -> int:
+    """The side of images of `img_size`, a number or a pair; 0 for None."""
+    sides = set(size) if isinstance(size, list | tuple) else {size or 0}
+    require(
+        len(sides) == 1 and all(isinstance(side, int) and side >= 0 for side in sides),
+        f"img_size={size} is no square of whole pixels, which EMoEViT takes",
+    )
+    return int(sides.pop())
 
 
 def _heads(state: State, width: int, facts: Mapping[str, Any]) -> int:
@@ -182,7 +200,9 @@ def _pooling(state: State, facts: Mapping[str, Any]) -> str:
     return names[pool]
 
 
-def _grid(positions: int, prefix: int, patch: int, facts: Mapping[str, Any]) -> tuple[int, bool]:
+def _grid(
+    positions: int, prefix: int, patch: int, facts: Mapping[str, Any], size: int
+) -> tuple[int, bool]:
     """Patches along a side of the checkpoint's images, and whether the prefix has positions."""
     choices: tuple[bool, ...] = (True, False)
     if "no_embed_class" in facts:
@@ -200,7 +220,6 @@ def _grid(positions: int, prefix: int, patch: int, facts: Mapping[str, Any]) -> 
     )
     # Where both would do, which takes registers, the image size tells; models with registers
     # usually give the prefix no positions.
-    size = int(facts.get("img_size", 0))
     likely = [embedded for embedded, side in found.items() if side * patch == size]
     embedded = [*likely, *sorted(found)][0]
     return found[embedded], embedded
@@ -219,6 +238,11 @@ def resize_positions(positions: np.ndarray, prefix: int, side: int) -> np.ndarra
     """
     first, grid = positions[0, :prefix], positions[0, prefix:]
     old = math.isqrt(grid.shape[0])
+    require(
+        old * old == grid.shape[0],
+        f"{positions.shape[1]} positions, {prefix} of them of no patch, are no square of patches;"
+        " the checkpoint and the model differ in class, distillation or register tokens",
+    )
     if old == side:
         return positions
     D = grid.shape[1]

@@ -68,7 +68,7 @@ def assert_close(ours, theirs, tolerance):
 def test_outputs_equal_the_release(case):
     logits, aux, captured = case.run(case.variables, case.images, capture=True)
     assert_close(logits, case.arrays["logits"], 1e-5)
-    # Both are rounding errors of QᵀQ - I and PᵀP - I, squared.
+    # Both are rounding errors of QᵀQ - I and PᵀP - I, squared; for other values see below.
     assert float(auxiliary_loss(aux)) == pytest.approx(float(case.arrays["aux"][0]), abs=1e-12)
     theirs = {k: v for k, v in case.arrays.items() if k.startswith(("router.", "branch."))}
     assert set(theirs) <= set(captured)
@@ -114,6 +114,27 @@ def test_round_trip_is_bit_equal(case, tmp_path):
     chex.assert_trees_all_equal(nnx.state(again), nnx.state(case.model))
 
 
+def test_penalty_of_both_bases_in_evaluation(top1):
+    state = dict(top1.state)
+    for block, (q, p) in enumerate(((2.0, 1.0), (1.0, 3.0), (1.0, 1.0))):
+        for name, factor in (("Q", q), ("P", p)):
+            key = f"branches.{block}.router.basis.{name}"
+            state[key] = np.float32(factor) * state[key]
+    variables = nnx.state(interop.load_emoe(state, top1.config))
+
+    def penalty(variables):
+        return auxiliary_loss(top1.run(variables, top1.images)[1])
+
+    value, grads = jax.value_and_grad(penalty)(variables)
+    # 5e-4 times R=16 diagonal entries of (4 - 1)² in block 0 and of (9 - 1)² in block 1.
+    assert float(value) == pytest.approx(5e-4 * 16 * (9 + 64), rel=1e-5)
+    ours = interop.export_emoe(grads)
+    # d/dQ λ‖QᵀQ - I‖² = 4 λ Q (QᵀQ - I) = 4 λ 3 Q where QᵀQ = 4 I; none for P.
+    expected = 4 * 5e-4 * 3 * state["branches.0.router.basis.Q"]
+    np.testing.assert_allclose(ours["branches.0.router.basis.Q"], expected, rtol=1e-3, atol=1e-6)
+    np.testing.assert_array_equal(ours["branches.1.router.basis.P"], np.zeros((32, 16)))
+
+
 def test_every_way_to_hand_a_model_over_exports_the_same(top1):
     whole = interop.export_emoe(top1.model)
     _, params, router = pure.split(top1.model)
@@ -150,6 +171,9 @@ def test_blocks_as_the_release_names_them():
     assert released_blocks("last6", 8) == (2, 3, 4, 5, 6, 7)
     assert released_blocks("last4", 3) == (0, 1, 2)
     assert released_blocks("1, 3,9", 4) == (1, 3)
+    # As the command line's --set blocks=1,3 and --set blocks=1 give them.
+    assert released_blocks((1, 3), 4) == (1, 3)
+    assert released_blocks(1, 4) == (1,)
     with pytest.raises(ValueError, match="blocks='first' must be 'all'"):
         released_blocks("first", 4)
 
@@ -162,11 +186,16 @@ def test_configuration_of_the_hub_is_read(top1, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(tree))
     # Defaults of the release are another model: eight experts of width 192, rank 128 over D=32.
     with pytest.raises(ValueError, match="r=128 is more than the width 32"):
-        interop.load_emoe(tmp_path)
+        interop.load_emoe(tmp_path, {"num_heads": 4})
+    with pytest.raises(ValueError, match="heads=3 does not divide width=32"):
+        interop.load_emoe(tmp_path, {"r": 16})
     moe = {key: value for key, value in top1.config.items() if key != "num_heads"}
     tree = {"vit_model_name": "vit_large_patch4_16", "moe_config": moe}
     (tmp_path / "config.json").write_text(json.dumps(tree))
     assert interop.load_emoe(tmp_path).config.heads == 16
+    # What is given goes before what is written there, and leaves the rest of it.
+    told = interop.load_emoe(tmp_path, {"num_heads": 4, "tau": 0.25}).config
+    assert (told.heads, told.moe.routing.temperature, told.moe.top_k) == (4, 0.25, 1)
 
 
 def without(state, *names):
@@ -212,6 +241,10 @@ def test_what_the_release_has_no_place_for_is_refused(top1):
     _, model, _ = pure.abstract_split(lambda: EMoEViT(config, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match=r"no place in a checkpoint.*moe/router/kernel"):
         interop.export_emoe(model)
+    form = ViTConfig(**(vars(top1.model.config) | {"moe_form": "mlp"}))
+    graph, params, router = pure.abstract_split(lambda: EMoEViT(form, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="the release has no moe_form='mlp', only adapter"):
+        interop.export_emoe(graph.bind(params, router))
     with pytest.raises(ValueError, match="timm's Vision Transformer has none; use export_emoe"):
         interop.export_vit(top1.model)
     with pytest.raises(ValueError, match=r"none of the EMoE release.*load_vit"):
@@ -236,5 +269,8 @@ def test_initial_params_take_what_fits(top1):
         top1.state["branches.1.router.masks"],
     )
     assert "branches.0.alpha is not used" in notes
+    scaled = backbone | {"blocks.0.ls1.gamma": np.ones(32, np.float32)}
+    with pytest.raises(ValueError, match=r"unexpected: vit.blocks.0.ls1.gamma \(32,\)"):
+        interop.initial_params(scaled, other, params)
     with pytest.raises(ValueError, match=r"missing: vit.blocks.2.norm2.bias \(32,\)"):
         interop.initial_params(without(backbone, "blocks.2.norm2.bias"), other, params)

@@ -91,12 +91,18 @@ def test_missing_parts_are_refused_by_name(plain, removed, message):
         ({"num_heads": 2, "heads": 2}, "unknown key 'heads'; did you mean 'num_heads'"),
         ({"num_heads": 2, "global_pool": "map"}, "global_pool='map' is not supported"),
         ({"num_heads": 2, "img_size": 9}, "patch=4 does not divide image_size=9"),
+        ({"num_heads": 2, "act_layer": "gelu_tanh"}, "act_layer='gelu_tanh' is not supported"),
+        ({"num_heads": 2, "img_size": (8, 12)}, r"img_size=\(8, 12\) is no square"),
         ({"num_heads": 2, "num_classes": 4}, "num_classes=4, but the checkpoint has 3"),
     ],
 )
 def test_facts_are_checked(plain, config, message):
     with pytest.raises(ValueError, match=message):
         interop.load_vit(plain, config)
+
+
+def test_image_sizes_may_be_pairs(plain):
+    assert interop.load_vit(plain, {"num_heads": 2, "img_size": (8, 8)}).config.image_size == 8
 
 
 def test_heads_are_read_off_query_norms():

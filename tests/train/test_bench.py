@@ -6,7 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from train import bench, tables
+from configs.vit_b16_emoe_adapter import get_config
+from train import bench, bench_adapter, tables
+from train.config import freeze, update
 
 TINY = ["--tokens=12", "--width=4", "--hidden=6", "--experts=3", "--repeats=2"]
 
@@ -88,3 +90,35 @@ def test_json_path_is_checked(tmp_path):
         tables.write_json(str(tmp_path), [])
     with pytest.raises(FileNotFoundError, match="does not exist"):
         tables.write_json(str(tmp_path / "none" / "x.json"), [])
+
+
+def tiny_recipe():
+    """The recipe of the benchmark `adapter` on images of four patches."""
+    config = get_config()
+    small = {
+        "data.image_size": 8,
+        "data.classes": 3,
+        "model.patch": 4,
+        "model.width": 8,
+        "model.depth": 2,
+        "model.heads": 2,
+        "model.mlp_hidden": 8,
+        "model.moe_blocks": (0,),
+        "moe.experts": 2,
+        "moe.hidden": 4,
+        "moe.basis.rank": 4,
+        "model.dtype": "float32",
+    }
+    update(config, small)
+    return freeze(config)
+
+
+def test_adapter_times_the_branch_and_the_recipe(monkeypatch, capsys):
+    monkeypatch.setattr(bench_adapter, "recipe", tiny_recipe)
+    assert bench.main(["bench", "adapter", "--images=2", "--repeats=2"]) == 0
+    printed = capsys.readouterr().out
+    assert "branch" in printed
+    assert "vit" in printed
+    (row,) = bench_adapter.adapter(2, 3, ["branch"], "float32")
+    assert row["step_images_per_s"] == pytest.approx(2e3 / row["step_ms"])
+    assert row["rounds"] == 3
