@@ -1,8 +1,8 @@
 """Vision Transformer with experts on Fashion-MNIST.
 
-Data: the idx files of Debian's package dataset-fashion-mnist, or `--config.data.source=
-tfds:fashion_mnist`. Hardware: two CPU cores, shared with other work. Time: 13
-to 14 min. Result: 88.8 and 88.9 % of the 10,000 test images in two runs of one seed.
+Data: the idx files of Debian's package dataset-fashion-mnist, or
+`--config.data.source=tfds:fashion_mnist`. Hardware: two CPU cores, shared with other work.
+Time: 13 to 14 min. Result: 88.8 and 88.9 % of the 10,000 test images in two runs of one seed.
 
     python -m train --config=configs/vit_fashion_mnist.py --workdir=runs/vit_fashion_mnist
 """

@@ -92,8 +92,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         data * fixed == len(devices),
         f"mesh data={config.data} fsdp={config.fsdp} expert={config.expert}"
         f" tensor={config.tensor} does not multiply to the {len(devices)} devices at hand; set"
-        " mesh.data to -1 and choose the others so that their product divides"
-        f" {len(devices)}",
+        f" mesh.data to -1 and choose fsdp, expert and tensor so that their product, {fixed} now,"
+        f" divides {len(devices)}",
     )
     shape = (data, config.fsdp, config.expert, config.tensor)
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)

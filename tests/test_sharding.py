@@ -82,7 +82,7 @@ def test_a_vision_transformers_head_and_linear_routers_are_replicated():
     config = ViTConfig(image_size=4, patch=2, width=8, depth=1, heads=2, mlp_hidden=4, moe=moe)
     _, params, router = pure.abstract_split(lambda: EMoEViT(config, rngs=nnx.Rngs(0)))
     specs = specs_of(params)
-    for name in ("head/kernel", "patches/linear/kernel", "position"):
+    for name in ("head/kernel", "patches/kernel", "position"):
         assert specs[name] == ()
     assert specs["blocks/groups/0/moe/router/kernel"] == ()
     assert specs["blocks/groups/0/attention/query/bias"] == ()
@@ -121,7 +121,8 @@ def test_meshes_have_all_axes(config, shape):
         (
             MeshConfig(fsdp=3),
             "mesh data=-1 fsdp=3 expert=1 tensor=1 does not multiply to the 8 devices at hand; set"
-            " mesh.data to -1 and choose the others so that their product divides 8",
+            " mesh.data to -1 and choose fsdp, expert and tensor so that their product, 3 now,"
+            " divides 8",
         ),
         (MeshConfig(data=2, fsdp=2), "mesh data=2 fsdp=2 expert=1 tensor=1 does not multiply"),
         (MeshConfig(tensor=16), "tensor=16 does not multiply to the 8 devices at hand"),

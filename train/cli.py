@@ -30,6 +30,7 @@ def run(main: Callable[[list[str]], Any]) -> None:
         # absl has just set its own level to INFO, at which orbax tells of every file it writes.
         if not flags.FLAGS["verbosity"].present:
             absl_logging.set_verbosity(absl_logging.WARNING)
+            absl_logging.get_absl_logger().addFilter(_is_news)
         try:
             _check_json_path()
             main(argv)
@@ -39,6 +40,11 @@ def run(main: Callable[[list[str]], Any]) -> None:
             refuse(str(error))
 
     app.run(guarded, flags_parser=_parse)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for what orbax says whenever a run is only read, as it was asked to."""
+    return "Given directory is read only" not in record.getMessage()
 
 
 def _log_to_stderr() -> None:

@@ -58,10 +58,11 @@ def load_emoe(source: Source, config: Mapping[str, Any] | None = None) -> EMoEVi
     Args:
         source: a `.safetensors` or `.pth` file, a folder with model.safetensors, a Hub repository
             such as "anzheCheng/EMoE" (needs the extra `hub`), or the state dict as arrays.
-        config: the release's MoEConfig as a mapping (what is left out has the release's default),
-            with `num_heads`, and where the weights leave a choice `img_size` and `global_pool`; see
-            `interop.vit.FACTS`. Of a file, what is left out is first looked for in the config.json
-            beside it, as the release's class for the Hub writes it.
+        config: the release's MoEConfig as a mapping, with `num_heads`, and where the weights leave a
+            choice `img_size` and `global_pool`; see `interop.vit.FACTS`. Of a file, what is left
+            out is first looked for in the config.json beside it, as the release's class for the Hub
+            writes it. Then sizes and blocks are read off the weights, and the rest (router_mode
+            "soft", tau 1, ortho_lambda 1e-3, apply_to_patches_only) is the release's default.
             Another `img_size` than the checkpoint's resizes the position embeddings.
 
     Raises:
@@ -71,7 +72,7 @@ def load_emoe(source: Source, config: Mapping[str, Any] | None = None) -> EMoEVi
         ModuleNotFoundError: a Hub repository without the extra `hub`.
     """
     state, config = _read(source, config)
-    given = _released_config(config)
+    given = _released_config(config, state)
     backbone = _part(state, "vit.")
     require(
         bool(backbone),
@@ -271,9 +272,25 @@ def _beside(file: pathlib.Path) -> dict[str, Any]:
     return dict(tree["moe_config"]) | ({"num_heads": heads[0]} if len(heads) == 1 else {})
 
 
-def _released_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def _sizes(state: State) -> dict[str, Any]:
+    """What the weights tell of the release's configuration."""
+    branches = sorted({int(name.split(".")[1]) for name in state if name.startswith("branches.")})
+    if not branches:
+        return {}
+    branch = f"branches.{branches[0]}"
+    masks, down = f"{branch}.router.masks", f"{branch}.experts.0.down.weight"
+    found: dict[str, Any] = {"blocks": branches}
+    if masks in state and state[masks].ndim == 2:
+        found |= {"experts": state[masks].shape[0], "r": state[masks].shape[1]}
+    if down in state:
+        found["bottleneck"] = state[down].shape[0]
+    return found
+
+
+def _released_config(config: Mapping[str, Any], state: State) -> dict[str, Any]:
     _refuse_unknown(config, (*_RELEASED, *vit.FACTS))
-    given = _RELEASED | {key: value for key, value in config.items() if key in _RELEASED}
+    given = _RELEASED | _sizes(state)
+    given |= {key: value for key, value in config.items() if key in _RELEASED}
     modes = ("soft", "top1", "top2")
     require(
         given["router_mode"] in modes,

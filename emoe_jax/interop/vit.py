@@ -79,6 +79,12 @@ def refuse_variants(state: State) -> None:
                 " VisionTransformer with class, distillation and register tokens, LayerScale,"
                 " qk_norm, and pooling by token or mean",
             )
+    known = ("pos_embed", "patch_embed.", "blocks.", "cls_token", "head.", "norm.")
+    require(
+        any(name.startswith(known) for name in state),
+        "the checkpoint has no tensor by a name of timm's VisionTransformer; its first are"
+        f" {', '.join(list(state)[:3])}",
+    )
     absent = {
         "pos_embed": "has no learned positions (pos_embed='none' or rotary)",
         "patch_embed.proj.weight": "has no patch embedding",
@@ -179,8 +185,8 @@ def _heads(state: State, width: int, facts: Mapping[str, Any]) -> int:
         return int(found)
     require(
         "num_heads" in facts,
-        "the number of heads cannot be read off the weights; give num_heads in the configuration"
-        f" (timm's models of width {width} usually have {max(1, width // 64)})",
+        f"the number of heads cannot be read off weights of width {width}; give num_heads in the"
+        " configuration (timm's tiny, small, base, large and huge have 3, 6, 12, 16 and 16)",
     )
     return int(facts["num_heads"])
 

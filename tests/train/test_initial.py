@@ -2,8 +2,6 @@
 
 import dataclasses
 import logging
-import sys
-import types
 
 import chex
 import jax
@@ -12,8 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from emoe_jax import basis as bases
-from emoe_jax import sharding
+from emoe_jax import interop, sharding
 from emoe_jax.checkpoint import Checkpoints
 from emoe_jax.models import EMoEViT
 from tests.train.tiny import lm_tree, mesh_of_one, vit_tree
@@ -196,37 +193,28 @@ def test_weights_are_put_where_those_drawn_were(tmp_path):
 # ------------------------------------------------------------------------------------- from a file
 
 
-def stub(monkeypatch, read):
-    """Stands in for the readers of PyTorch's formats."""
-    module = types.ModuleType("emoe_jax.interop")
-    module.initial_params = read
-    monkeypatch.setitem(sys.modules, "emoe_jax.interop", module)
-
-
-def test_a_file_is_read_by_interop_and_its_bases_made_orthonormal(
-    tmp_path, one_device, monkeypatch, lines
-):
-    given = []
-    draw = np.random.default_rng(0)
-
-    def read(source, config, params):
-        given.append((source, config, params))
-        router = {"basis": draw.normal(size=(1, 8, 4)).astype(np.float32)}
-        return {
-            "position": np.ones(params["position"].shape, np.float32),
-            "blocks": {"groups": {"0": {"moe": {"router": router}}}},
-        }, ["head: 10 classes here, 1000 in the file: starts anew"]
-
-    stub(monkeypatch, read)
-    tree = adapter("weights.safetensors")
+def test_a_released_file_is_read_and_its_bases_made_orthonormal(tmp_path, one_device, lines):
+    file = tmp_path / "weights.safetensors"
+    tree = adapter(file, moe=EXPERTS | {"activation": "gelu"})
     run = build(freeze(tree), tmp_path)
-    taken, _ = initial_params(run)
-    assert given == [("weights.safetensors", run.config.model, run.abstract["params"])]
-    basis = taken["blocks"]["groups"]["0"]["moe"]["router"]["basis"]
-    assert bases.orthonormality_error(basis).max() < 1e-5
-    state = loop._start(dataclasses.replace(run, init=lambda: {"params": zeros(run)}))
-    np.testing.assert_array_equal(state["params"]["position"], 1)
-    assert "init_from: head: 10 classes here, 1000 in the file: starts anew" in lines()
+    drawn = jax.device_get(run.init())
+    state = interop.export_emoe(run.model.bind(drawn["params"], drawn["router"]))
+    state["branches.0.router.basis.Q"] = 2 * state["branches.0.router.basis.Q"]
+    state["vit.head.weight"] = np.zeros((11, 8), np.float32)
+    state["vit.pos_embed"] = state["vit.pos_embed"] + 1
+    interop.write_safetensors(file, state)
+    began = loop._start(run)["params"]
+    router, before = (p["blocks"]["groups"]["0"]["moe"]["router"] for p in (began, drawn["params"]))
+    chex.assert_trees_all_close(router["basis"], before["basis"], atol=1e-6)
+    chex.assert_trees_all_equal(router["masks"], before["masks"])
+    chex.assert_trees_all_equal(began["position"], drawn["params"]["position"] + 1)
+    assert "init_from: head/kernel starts anew" in lines()
+
+
+def test_frozen_parameters_must_come_from_the_source(backbone, tmp_path, one_device, monkeypatch):
+    words = "gives nothing, or other shapes, for .* optim.trainable leaves out: position; train"
+    data = {"image_size": 16, "resize": True}
+    refused(adapter(backbone, data=data), tmp_path, ValueError, words, monkeypatch)
 
 
 # -------------------------------------------------------------------------------- what is refused

@@ -77,7 +77,7 @@ def _missing(name: str, folder: epath.Path, versions: Sequence[str], root: epath
     build_name = name.partition(":")[0]
     return (
         f"tfds dataset {name!r} is not prepared: looked in {folder}{found}. Prepare it on a "
-        "machine with a network and tensorflow (`pip install tensorflow-datasets tensorflow-cpu`): "
+        "machine with a network and tensorflow (`pip install -e '.[tfds]'`): "
         f"`tfds build {build_name} --data_dir={root} --file_format=array_record`, or point "
         "data.tfds_dir or $TFDS_DATA_DIR at the folder that holds it"
     )
