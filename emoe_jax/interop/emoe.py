@@ -58,8 +58,8 @@ def load_emoe(source: Source, config: Mapping[str, Any] | None = None) -> EMoEVi
     Args:
         source: a `.safetensors` or `.pth` file, a folder with model.safetensors, a Hub repository
             such as "anzheCheng/EMoE" (needs the extra `hub`), or the state dict as arrays.
-        config: the release's MoEConfig as a mapping, with `num_heads`, and where the weights leave a
-            choice `img_size` and `global_pool`; see `interop.vit.FACTS`. Of a file, what is left
+        config: the release's MoEConfig as a mapping, with `num_heads`, and where the weights leave
+            a choice `img_size` and `global_pool`; see `interop.vit.FACTS`. Of a file, what is left
             out is first looked for in the config.json beside it, as the release's class for the Hub
             writes it. Then sizes and blocks are read off the weights, and the rest (router_mode
             "soft", tau 1, ortho_lambda 1e-3, apply_to_patches_only) is the release's default.
