@@ -77,7 +77,7 @@ def test_defaults_are_valid_and_frozen(make):
             " directions; set basis.rank to 64 or less",
         ),
         (ViTConfig, {"image_size": 0}, "image_size=0 must be above zero"),
-        (ViTConfig, {"classes": 0}, "classes=0 must be above zero"),
+        (ViTConfig, {"classes": -1}, "classes=-1 is below zero; 0 means no head"),
         (ViTConfig, {"patch": 5}, "patch=5 does not divide image_size=28; choose a divisor"),
         (ViTConfig, {"pooling": "max"}, "pooling='max' is not known; choose one of class, mean"),
         (ViTConfig, {"moe_form": "x"}, "moe_form='x' is not known; choose one of mlp, adapter"),
