@@ -227,9 +227,7 @@ def test_a_killed_process_goes_on_and_its_losses_agree(finished, tmp_path):
 
 def start(config, workdir):
     arguments = [f"--config={config}", f"--workdir={workdir}"]
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-    }
+    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
     return subprocess.Popen(
         [sys.executable, "-m", "train", *arguments],
         cwd=ROOT,

@@ -21,7 +21,9 @@ from train.step import make_steps, microbatches
 
 B, S, N = 8, 16, 258
 # A quarter of the time to compile; the programs are too small for their own speed to matter.
-FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+FAST_COMPILE: dict[str, bool | int] = {"xla_backend_optimization_level": 0}
+if jax.__version_info__ < (0, 11):  # later compilers do not know it
+    FAST_COMPILE["xla_cpu_use_fusion_emitters"] = False
 
 EIGEN = {"router": "eigen", "basis": {"rank": 8}}
 # Adam divides by the root of the second moment: a gradient that is zero but for rounding would
