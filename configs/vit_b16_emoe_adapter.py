@@ -6,8 +6,8 @@ in this: the release's freeze_backbone freezes the head as well, here it is trai
 decays every trained weight, here matrices alone are; it crops with bilinear interpolation, here
 it is bicubic; it evaluates the centre 224 of 256 pixels, here the whole image; it stops early; its
 mixed precision is float16, here bfloat16 with float32 routers; its experts start uniform, here
-normal. As in the release, the branch behind the last block is
-idle: it changes patches alone, and the class token that is classified never sees them again.
+normal. As in the release, the branch behind the last block is idle: it changes patches alone, and
+the class token that is classified never sees them again.
 
 Data: tensorflow-datasets `cifar100`, prepared once where there is a network (extra `tfds`):
 `tfds build cifar100 --file_format=array_record`; and timm's weights of vit_base_patch16_224. With

@@ -16,45 +16,35 @@ branches pass the class token by, it gets no gradient but that of its penalty.
 
 from ml_collections import ConfigDict
 
-from train.config import experiment
+from configs import vit_digits_backbone
+from train.config import update
 
 
 def get_config() -> ConfigDict:
-    return experiment(
-        "vit",
-        steps=200,
-        batch=128,
-        log_every=50,
-        eval_every=200,
-        init_from="runs/vit_digits_backbone",
-        model={
-            "patch": 2,
-            "width": 64,
-            "depth": 4,
-            "heads": 4,
-            "mlp_hidden": 256,
-            "pooling": "class",
-            "moe_form": "adapter",
-            "moe_blocks": (1, 2, 3),
+    config = vit_digits_backbone.get_config()
+    update(
+        config,
+        {
+            "steps": 200,
+            "eval_every": 200,
+            "checkpoint.every": 200,
+            "init_from": "runs/vit_digits_backbone",
+            "model.moe_form": "adapter",
+            "model.moe_every": 1,
+            "model.moe_blocks": (1, 2, 3),
+            "moe.router": "eigen",
+            "moe.hidden": 32,
+            "moe.activation": "gelu",
+            "moe.basis.rank": 16,
+            "moe.basis.method": "retraction",
+            "moe.routing.orthogonality_weight": 5e-4,
+            "optim.learning_rate": 5e-4,
+            "optim.warmup": 0,
+            "optim.final": 1.0,
+            "optim.b2": 0.999,
+            "optim.weight_decay": 0.05,
+            "optim.clip": 1e9,  # never reached: the release does not clip
+            "optim.trainable": ("moe", "alpha", "head"),
         },
-        moe={
-            "router": "eigen",
-            "experts": 8,
-            "top_k": 1,
-            "hidden": 32,
-            "activation": "gelu",
-            "basis": {"rank": 16, "method": "retraction"},
-            "routing": {"orthogonality_weight": 5e-4},
-        },
-        data={"source": "digits", "crop_padding": 1},
-        optim={
-            "learning_rate": 5e-4,
-            "warmup": 0,
-            "final": 1.0,
-            "b2": 0.999,
-            "weight_decay": 0.05,
-            "clip": 1e9,
-            "trainable": ("moe", "alpha", "head"),
-        },
-        checkpoint={"every": 200},
     )
+    return config

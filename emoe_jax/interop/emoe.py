@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import nnx, traverse_util
 
 from emoe_jax import pure
 from emoe_jax.config import (
@@ -336,7 +336,8 @@ def _fill(config: ViTConfig, state: State) -> EMoEViT:
     state = dict(state)
     _resize(state, config)
     model, params, router = pure.abstract_split(lambda: EMoEViT(config, rngs=nnx.Rngs(0)))
-    tree = _merged(params, router)
+    flat = traverse_util.flatten_dict(params) | traverse_util.flatten_dict(router)
+    tree = traverse_util.unflatten_dict(flat)
     entries = mapping.table(tree)
     wrong = mapping.problems(state, tree, entries)
     require(not wrong, _report("the checkpoint does not fit its configuration", wrong))
@@ -363,14 +364,6 @@ def _part(state: State, prefix: str) -> dict[str, np.ndarray]:
 
 def _as_tree(state: Any) -> Tree:
     return state if type(state) is dict else pure.plain(state)
-
-
-def _merged(left: Tree, right: Tree) -> Tree:
-    """Nested dicts with the leaves of both."""
-    merged = dict(left)
-    for key, value in right.items():
-        merged[key] = _merged(merged[key], value) if key in merged else value
-    return merged
 
 
 def _with_companions(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

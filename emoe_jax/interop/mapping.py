@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from flax import traverse_util
 
 from emoe_jax.config import require
 
@@ -128,15 +129,6 @@ _EXPERTS: dict[Path, str] = {
 }
 
 
-def leaves(tree: Tree, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Paths and leaves of nested dicts."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from leaves(value, (*path, key))
-        else:
-            yield (*path, key), value
-
-
 def table(tree: Tree) -> list[Entry]:
     """The entries of a tree of an `EMoEViT`: parameters, router state, gradients, or parts of them.
 
@@ -149,14 +141,15 @@ def table(tree: Tree) -> list[Entry]:
     entries: list[Entry] = []
     unknown: list[str] = []
     groups = tree.get("blocks", {}).get("groups", {})
-    for path, _ in leaves({key: value for key, value in tree.items() if key != "blocks"}):
+    top = {key: value for key, value in tree.items() if key != "blocks"}
+    for path in traverse_util.flatten_dict(top):
         if path in _TOP:
             name, layout = _TOP[path]
             entries.append(Entry(f"vit.{name}", (Piece(path, ()),), layout))
         else:
             unknown.append("/".join(path))
     for place, group in groups.items():
-        for path, leaf in leaves(group):
+        for path, leaf in traverse_util.flatten_dict(group).items():
             found = list(_block_entries(int(place), len(groups), path, leaf.shape))
             entries.extend(found)
             if not found and path[:2] not in (("attention", "key"), ("attention", "value")):
@@ -202,7 +195,8 @@ def leaf_at(tree: Tree, path: Path) -> Any:
 
 def to_torch(tree: Tree) -> dict[str, np.ndarray]:
     """The PyTorch tensors of a tree of arrays; bit-equal numbers, contiguous copies."""
-    arrays = {path: np.asarray(leaf) for path, leaf in leaves(tree)}
+    leaves = traverse_util.flatten_dict(tree)
+    arrays = {path: np.asarray(leaf) for path, leaf in leaves.items()}
     state = {}
     for entry in table(tree):
         pieces = [arrays[piece.path][piece.at] for piece in entry.pieces]
