@@ -16,7 +16,7 @@ ACTIVATIONS = ("swiglu", "gelu")
 REMAT = ("none", "full", "dots")
 DTYPES = ("float32", "bfloat16")
 SCORES = ("softmax", "sigmoid")
-ATTENTION = ("auto", "xla", "cudnn", "splash")
+ATTENTION = ("auto", "xla", "heads_first", "cudnn", "splash")
 
 
 def require(condition: bool, message: str) -> None:
@@ -166,7 +166,8 @@ class LMConfig:
         qk_norm: whether queries and keys are normalised (RMS) before attention.
         rope_base: base of the rotary frequencies (arXiv 2104.09864, section 3.2.2).
         tie_head: whether the output head is the transposed token embedding.
-        attention: "auto", "xla", "cudnn" (GPU, bfloat16) or "splash" (TPU).
+        attention: "auto", "xla", "heads_first" (fast on CPU), "cudnn" (GPU, bfloat16) or "splash"
+            (TPU).
         remat: what is recomputed in the backward pass: "none", "full" (each block) or "dots"
             (each block except its matrix products).
         loss_chunk: tokens whose logits the training loss holds at once.

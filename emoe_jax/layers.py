@@ -12,6 +12,9 @@ from flax import nnx
 Array = jax.Array
 Cache = dict[str, Array]
 
+HIDDEN_SCORE = -1e30
+"""Score of a position that is not seen: its weight is zero, and no difference is infinite."""
+
 NORM_EPSILON = 1e-6
 """Added to the mean square or variance before the root; timm's value for Vision Transformers."""
 
@@ -192,13 +195,14 @@ class Attention(nnx.Module):
             self.query_norm = qk_norm(head_dim)
             self.key_norm = qk_norm(head_dim)
 
-    def __call__(self, x: Array, positions: Array, segments: Array) -> Array:
+    def __call__(self, x: Array, positions: Array, segments: Array | None) -> Array:
         """Attends within segments.
 
         Args:
             x: [B,S,D].
             positions: [B,S] int32, read by rotary positions.
-            segments: [B,S] int32, positions see only their own segment; 0 is padding.
+            segments: [B,S] int32, positions see only their own segment; 0 is padding. None where
+                each row is one segment, which spares the mask.
 
         Returns:
             [B,S,D].
@@ -246,7 +250,12 @@ class Attention(nnx.Module):
 
 
 def attend(
-    query: Array, key: Array, value: Array, segments: Array, causal: bool, implementation: str
+    query: Array,
+    key: Array,
+    value: Array,
+    segments: Array | None,
+    causal: bool,
+    implementation: str,
 ) -> Array:
     """Scaled dot-product attention within segments, by the kernel of the platform.
 
@@ -254,11 +263,12 @@ def attend(
         query: [B,S,H,dim].
         key: [B,S,kv_heads,dim].
         value: of the shape of key.
-        segments: [B,S] int32.
+        segments: [B,S] int32, or None where each row is one segment.
         causal: whether a position sees only positions before and at itself.
-        implementation: "xla" (any platform), "cudnn" (flash attention on GPU, bfloat16 or float16),
-            "splash" (flash attention on one TPU, causal or not, S a multiple of 128), or "auto":
-            splash on TPU and cudnn on GPU where they take these shapes, xla otherwise.
+        implementation: "xla" (any platform), "heads_first" (any platform; the fast one on CPU),
+            "cudnn" (flash attention on GPU, bfloat16 or float16), "splash" (flash attention on one
+            TPU, causal or not, S a multiple of 128), or "auto": splash on TPU and cudnn on GPU
+            where they take these shapes, heads_first on CPU, xla otherwise.
 
     Returns:
         [B,S,H,dim].
@@ -267,13 +277,56 @@ def attend(
         implementation = choose_attention(
             query.shape, query.dtype, jax.default_backend(), jax.device_count()
         )
+    if implementation == "heads_first":
+        return _heads_first(query, key, value, segments, causal)
     if implementation == "splash":
         return _splash(query, key, value, segments, causal, interpret=False)
-    same = segments[:, :, None] == segments[:, None, :]
+    same = None if segments is None else _same_segment(segments)[:, None]
     kernel: Literal["xla", "cudnn"] = "cudnn" if implementation == "cudnn" else "xla"
     return jax.nn.dot_product_attention(
-        query, key, value, mask=same[:, None], is_causal=causal, implementation=kernel
+        query, key, value, mask=same, is_causal=causal, implementation=kernel
     )
+
+
+def _same_segment(segments: Array) -> Array:
+    """Which pairs of positions are of one segment: [B,S] to [B,S,S] bool."""
+    return segments[:, :, None] == segments[:, None, :]
+
+
+def _heads_first(
+    query: Array, key: Array, value: Array, segments: Array | None, causal: bool
+) -> Array:
+    """Attention as products of [S,dim] matrices that lie one after the other.
+
+    XLA on CPU takes three to four times as long where the heads are the last but one axis
+    (docs/benchmarks). The softmax is divided by its sum after the product with the values, which
+    has fewer numbers than the weights.
+    """
+    B, S, H, dim = query.shape
+    groups = key.shape[2]
+    heads = H // groups
+    # The query heads of a group follow each other, so they are more rows of one product.
+    query = (query * dim**-0.5).astype(query.dtype).transpose(0, 2, 1, 3)
+    query = query.reshape(B, groups, heads * S, dim)
+    key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+    scores = jnp.einsum("bgqd,bgkd->bgqk", query, key, preferred_element_type=jnp.float32)
+    scores = scores.reshape(B, groups, heads, S, S)
+    seen = None if segments is None else _same_segment(segments)
+    if causal:
+        past = jnp.tril(jnp.ones((S, S), bool))[None]
+        seen = past if seen is None else past & seen
+    if seen is not None:
+        scores = jnp.where(seen[:, None, None], scores, HIDDEN_SCORE)
+    largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.exp(scores - largest)
+    mixed = jnp.einsum(
+        "bgqk,bgkd->bgqd",
+        weights.reshape(B, groups, heads * S, S).astype(value.dtype),
+        value,
+        preferred_element_type=jnp.float32,
+    ).reshape(B, groups, heads, S, dim)
+    mixed = mixed / jnp.sum(weights, axis=-1, keepdims=True)
+    return mixed.reshape(B, H, S, dim).transpose(0, 2, 1, 3).astype(query.dtype)
 
 
 def choose_attention(shape: tuple[int, ...], dtype: Any, platform: str, devices: int = 1) -> str:
@@ -286,13 +339,15 @@ def choose_attention(shape: tuple[int, ...], dtype: Any, platform: str, devices:
     if platform == "tpu" and devices == 1 and S % 128 == 0 and dim % 128 == 0:
         return "splash"
     half = jnp.dtype(dtype).itemsize == 2
+    if platform == "cpu":
+        return "heads_first"
     if platform in ("gpu", "cuda") and half and dim % 8 == 0 and dim <= 128 and S % 2 == 0:
         return "cudnn"
     return "xla"
 
 
 def _splash(
-    query: Array, key: Array, value: Array, segments: Array, causal: bool, *, interpret: bool
+    query: Array, key: Array, value: Array, segments: Array | None, causal: bool, *, interpret: bool
 ) -> Array:
     """Flash attention of jax.experimental.pallas for TPU, grouped keys and values as they are."""
     from jax.experimental.pallas.ops.tpu.splash_attention import (
@@ -311,7 +366,7 @@ def _splash(
     query = (query / math.sqrt(dim)).astype(query.dtype).transpose(0, 2, 1, 3)
     query = query.reshape(query.shape[0], groups, heads, S, dim)
     key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
-    pairs = kernels.SegmentIds(segments, segments)
+    pairs = None if segments is None else kernels.SegmentIds(segments, segments)
     per_group = jax.vmap(kernel, in_axes=(0, 0, 0, None))
     mixed = jax.vmap(per_group)(query, key, value, pairs)
     return mixed.reshape(mixed.shape[0], H, S, dim).transpose(0, 2, 1, 3)

@@ -45,6 +45,8 @@ class Block(nnx.Module):
         self.skips_class = (
             isinstance(config, ViTConfig) and config.has_class_token and not config.route_class
         )
+        # Images are not packed: a token sees its whole image, and no mask is needed to say so.
+        self.packed = lm
         self.layer_scale = isinstance(config, ViTConfig) and config.layer_scale > 0
         if isinstance(config, ViTConfig) and self.layer_scale:
             self.scale_attention = nnx.Param(jnp.full((D,), config.layer_scale, jnp.float32))
@@ -74,7 +76,8 @@ class Block(nnx.Module):
         self, x: Array, positions: Array, segments: Array, extra: dict[str, Any]
     ) -> tuple[Array, Aux | None]:
         """Maps x [B,S,D] to its successor; `extra` holds what the experts are given besides."""
-        mixed = self.attention(self.norm_attention(x), positions, segments)
+        visible = segments if self.packed else None
+        mixed = self.attention(self.norm_attention(x), positions, visible)
         return self._mix(x + self._scaled(mixed, "scale_attention"), segments > 0, extra)
 
     def decode(
