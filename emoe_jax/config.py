@@ -12,6 +12,8 @@ from collections.abc import Collection
 
 BASIS_METHODS = ("qr", "cholesky_qr", "retraction")
 DISPATCHERS = ("dense", "capacity", "dropless")
+EXCHANGES = ("auto", "all_to_all", "ragged_all_to_all", "all_gather")
+OVERFLOWS = ("exact", "drop")
 ACTIVATIONS = ("swiglu", "gelu")
 REMAT = ("none", "full", "dots")
 DTYPES = ("float32", "bfloat16")
@@ -115,6 +117,13 @@ class MoEConfig:
         dispatch: "dense" (every expert on every token, the oracle), "capacity" (C slots an expert,
             overflow dropped and counted) or "dropless" (sorted by expert, nothing dropped).
         capacity_factor: c, an expert has C = ceil(c T K / E) slots; read by dispatch "capacity".
+        exchange: how tokens travel where experts are spread over a mesh: "all_to_all",
+            "ragged_all_to_all", "all_gather" or "auto" (see `dispatch.exchange`).
+        buffer_factor: room of the exchange, in units of what a balanced load needs.
+        on_overflow: what happens to tokens that find no room: "exact" sends them in further rounds,
+            "drop" drops and counts them.
+        exchange_chunks: parts into which a device's tokens are cut, so that one part's exchange can
+            run beside another's products.
         activation: "swiglu" (three matrices) or "gelu" (two, exact GELU).
         bias: whether experts have biases.
         shared_hidden: hidden width of an expert that takes every token, 0 for none.
@@ -128,6 +137,10 @@ class MoEConfig:
     hidden: int = 512
     dispatch: str = "dropless"
     capacity_factor: float = 1.25
+    exchange: str = "auto"
+    buffer_factor: float = 1.25
+    on_overflow: str = "exact"
+    exchange_chunks: int = 1
     activation: str = "swiglu"
     bias: bool = False
     shared_hidden: int = 0
@@ -143,7 +156,10 @@ class MoEConfig:
             f"top_k={self.top_k} is more than experts={self.experts}: a token can go to at most all"
             f" experts; set top_k to {self.experts} or less, or experts to {self.top_k} or more",
         )
+        require_positive(buffer_factor=self.buffer_factor, exchange_chunks=self.exchange_chunks)
         require_choice("dispatch", self.dispatch, DISPATCHERS)
+        require_choice("exchange", self.exchange, EXCHANGES)
+        require_choice("on_overflow", self.on_overflow, OVERFLOWS)
         require_choice("activation", self.activation, ACTIVATIONS)
         require(self.shared_hidden >= 0, f"shared_hidden={self.shared_hidden} is below zero")
 

@@ -41,14 +41,13 @@ class Experts(nnx.Module):
     ) -> None:
         E, D, F = config.experts, width, config.hidden
         self.dtype = dtype
-        self.gated = config.activation == "swiglu"
-        if self.gated:
+        gated = config.activation == "swiglu"
+        if gated:
             self.w_gate = _matrices(rngs, (E, D, F))
         self.w_up = _matrices(rngs, (E, D, F))
         self.w_down = _matrices(rngs, (E, F, D), out_scale)
-        self.bias = config.bias
-        if self.bias:
-            if self.gated:
+        if config.bias:
+            if gated:
                 self.b_gate = nnx.Param(jnp.zeros((E, F), jnp.float32))
             self.b_up = nnx.Param(jnp.zeros((E, F), jnp.float32))
             self.b_down = nnx.Param(jnp.zeros((E, D), jnp.float32))
@@ -58,21 +57,38 @@ class Experts(nnx.Module):
 
         In the [M,D] form, rows beyond the groups give zero.
         """
-        rows = groups.rows.astype(self.dtype)
+        return apply_experts(self.weights(), groups.rows.astype(self.dtype), groups.sizes)
 
-        def product(x: Array, matrix: str, bias: str) -> Array:
-            weights = getattr(self, matrix)[...].astype(self.dtype)
-            out = grouped_product(x, weights, groups.sizes)
-            if not self.bias:
-                return out
-            return out + row_bias(getattr(self, bias)[...].astype(self.dtype), out, groups.sizes)
+    def weights(self) -> dict[str, Array]:
+        """The arrays by name, in the compute dtype."""
+        names = ("w_gate", "w_up", "w_down", "b_gate", "b_up", "b_down")
+        return {
+            name: getattr(self, name)[...].astype(self.dtype)
+            for name in names
+            if hasattr(self, name)
+        }
 
-        up = product(rows, "w_up", "b_up")
-        if self.gated:
-            hidden = jax.nn.silu(product(rows, "w_gate", "b_gate")) * up
-        else:
-            hidden = jax.nn.gelu(up, approximate=False)
-        return product(hidden, "w_down", "b_down")
+
+def apply_experts(weights: dict[str, Array], rows: Array, sizes: Array) -> Array:
+    """The experts as a function of their arrays; SwiGLU where there is a `w_gate`.
+
+    Args:
+        weights: see `Experts.weights`; of any number of experts.
+        rows: [E,C,D] or [M,D], see `Groups`.
+        sizes: [E] int32.
+    """
+
+    def product(x: Array, name: str) -> Array:
+        out = grouped_product(x, weights[f"w_{name}"], sizes)
+        bias = weights.get(f"b_{name}")
+        return out if bias is None else out + row_bias(bias, out, sizes)
+
+    up = product(rows, "up")
+    if "w_gate" in weights:
+        hidden = jax.nn.silu(product(rows, "gate")) * up
+    else:
+        hidden = jax.nn.gelu(up, approximate=False)
+    return product(hidden, "down")
 
 
 def _matrices(rngs: nnx.Rngs, shape: tuple[int, int, int], scale: float = 1.0) -> nnx.Param[Array]:

@@ -71,6 +71,7 @@ def routing_metrics(stats: dict[str, Array]) -> dict[str, Array]:
 
     Returns:
         Values [...]: `max_vio`, `cv`, `entropy`, `dead`, `drop_fraction` (of the assignments),
+        `overflow_fraction` (of the exchanges between devices; 0 where there is none),
         `gate` (mean of the largest gate of a token), `energy` (eigenbasis routers); and `load`
         [...,E] shares.
     """
@@ -82,6 +83,7 @@ def routing_metrics(stats: dict[str, Array]) -> dict[str, Array]:
         "entropy": normalized_entropy(load),
         "dead": dead_experts(load),
         "drop_fraction": stats["dropped"] / jnp.maximum(jnp.sum(load, axis=-1), 1.0),
+        "overflow_fraction": stats["overflows"] / jnp.maximum(stats["exchanges"], 1e-9),
         "gate": stats["gate"] / jnp.maximum(stats["tokens"], 1.0),
     }
     if "z_sum" in stats:

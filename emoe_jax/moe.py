@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from emoe_jax.config import MoEConfig, require
-from emoe_jax.dispatch import dispatcher
-from emoe_jax.experts import Experts
+from emoe_jax.dispatch import choose, dispatcher, exchange
+from emoe_jax.experts import Experts, apply_experts
 from emoe_jax.layers import MLP
 from emoe_jax.routers import Context, ExpertChoice, Routing, make_router
+from emoe_jax.sharding import ambient_mesh
 
 Array = jax.Array
 
@@ -24,8 +25,9 @@ class Aux(NamedTuple):
     Attributes:
         loss: scalar float32, the router's auxiliary loss, weights applied.
         metrics: scalars that do not add up over microbatches.
-        stats: sums over real tokens (see `routers.base.Routing`) and `dropped` [], from which
-            `metrics.routing_metrics` computes loads and violations.
+        stats: sums over real tokens (see `routers.base.Routing`), `dropped` [], and of exchanges
+            over a mesh `overflows` and `exchanges` [] (see `dispatch.exchange`), from which
+            `metrics.routing_metrics` computes loads, violations and fractions.
         captured: where asked for, what went into the router (`input` [B,S,D]) and what came out:
             `probs` [B,S,E], `weights` and `indices` [B,S,K].
     """
@@ -113,24 +115,58 @@ class MoE(nnx.Module):
         """
         B, S, D = tokens.shape
         mask = jnp.ones((B, S), bool) if mask is None else mask
-        flat = tokens.reshape(B * S, D)
-        move = dispatcher(self.config.dispatch)
+        flat, real = tokens.reshape(B * S, D), mask.reshape(-1)
 
         with jax.named_scope("route"):
             routing = self.router(flat, Context(mask, ids, rows, key, train))
-        with jax.named_scope("dispatch"):
-            groups = move.dispatch(flat, routing, mask.reshape(-1), self.config.capacity_factor)
-        with jax.named_scope("experts"):
-            outputs = self.experts(groups)
-        with jax.named_scope("combine"):
-            combined = move.combine(outputs, groups)
+        mesh = ambient_mesh()
+        # The oracle is left to the partitioner, so that it shares nothing with the exchange.
+        if mesh is None or self.config.dispatch == "dense":
+            combined, counts = self._on_one_device(flat, routing, real)
+        else:
+            combined, counts = self._on_mesh(flat, routing, real, mesh)
 
         out = combined.reshape(B, S, D).astype(tokens.dtype)
         if self.config.shared_hidden:
             out = out + self.shared(tokens)
-        stats = jax.lax.stop_gradient(routing.stats | {"dropped": groups.dropped})
+        stats = jax.lax.stop_gradient(routing.stats | counts)
         captured = _captured(tokens, routing) if capture else None
         return out, Aux(routing.aux_loss, routing.metrics, stats, captured)
+
+    def _on_one_device(
+        self, tokens: Array, routing: Routing | ExpertChoice, real: Array
+    ) -> tuple[Array, dict[str, Array]]:
+        """Dispatch, experts, combine: outputs [T,D] and what is counted."""
+        move = dispatcher(self.config.dispatch)
+        with jax.named_scope("dispatch"):
+            groups = move.dispatch(tokens, routing, real, self.config.capacity_factor)
+        with jax.named_scope("experts"):
+            outputs = self.experts(groups)
+        with jax.named_scope("combine"):
+            combined = move.combine(outputs, groups)
+        none = jnp.zeros((), jnp.float32)
+        return combined, {"dropped": groups.dropped, "overflows": none, "exchanges": none}
+
+    def _on_mesh(
+        self,
+        tokens: Array,
+        routing: Routing | ExpertChoice,
+        real: Array,
+        mesh: jax.sharding.AbstractMesh,
+    ) -> tuple[Array, dict[str, Array]]:
+        """The same on the devices of a mesh, and the exchange between them."""
+        choices = choose(routing, real, self.config)
+        weights = self.experts.weights()
+        tokens = tokens.astype(self.experts.dtype)
+        done = exchange(
+            tokens, choices.experts, choices.gates, weights, apply_experts, self.config, mesh
+        )
+        counts = {
+            "dropped": choices.dropped + done.dropped,
+            "overflows": done.overflows,
+            "exchanges": done.exchanges,
+        }
+        return done.out, counts
 
 
 def _captured(tokens: Array, routing: Routing | ExpertChoice) -> dict[str, Array]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from emoe_jax.config import require
 
@@ -99,6 +101,28 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def ambient_mesh() -> AbstractMesh | None:
+    """The mesh in whose context this is traced, if it has all `AXES` and more than one device.
+
+    `jax.set_mesh(mesh)` sets it, as does the training program. Inside somebody's `shard_map` there
+    is none: what runs there is one device's part.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    ours = set(AXES) <= set(mesh.axis_names) and mesh.size > 1
+    return mesh if ours and not mesh.manual_axes else None
+
+
+def in_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, traced in the context of a mesh; see `ambient_mesh`."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **kwargs)
+
+    return run
+
+
 def spec(path: tuple[Any, ...], ndim: int) -> PartitionSpec:
     """Where a leaf of parameters, optimizer or router state lives, by its path and rank."""
     names = tuple(str(getattr(part, "key", part)) for part in path)
@@ -134,9 +158,23 @@ def shardings(mesh: Mesh, abstract: Tree) -> Tree:
     return tree
 
 
+def batch_shards(mesh: Mesh) -> int:
+    """Parts into which the mesh splits a batch."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of batches: the first dimension over all batch axes."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def rows_here(mesh: Mesh, batch: int) -> np.ndarray:
+    """Rows of a global batch that the devices of this process hold, ascending.
+
+    Every row is held by one process, or by several where `tensor` spans them.
+    """
+    places = batch_sharding(mesh).addressable_devices_indices_map((batch,))
+    return np.unique(np.concatenate([np.arange(batch)[index] for index in places.values()]))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -146,10 +184,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def check_batch(mesh: Mesh, batch: int, accumulate: int) -> None:
     """Raises `ValueError` unless shards and microbatches divide the global batch."""
-    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    shards = batch_shards(mesh)
     parts = shards * accumulate
+    processes = len({device.process_index for device in mesh.devices.flat})
+    over = f" over {processes} processes" if processes > 1 else ""
     require(
         batch % parts == 0,
-        f"batch={batch} is not a multiple of {parts} ({shards} shards of the mesh times"
+        f"batch={batch} is not a multiple of {parts} ({shards} shards of the mesh{over} times"
         f" accumulate={accumulate}); set batch to {max(1, round(batch / parts)) * parts}",
     )

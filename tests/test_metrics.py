@@ -94,15 +94,18 @@ def test_routing_metrics_of_stacked_layers():
         "load": jnp.stack([LOAD, jnp.full((4,), 2.0)]),
         "gate": jnp.array([2.0, 3.0]),
         "dropped": jnp.array([0.0, 2.0]),
+        "overflows": jnp.array([0.0, 3.0]),
+        "exchanges": jnp.array([0.0, 4.0]),
     }
     metrics = routing_metrics(stats)
     assert set(metrics) == {
-        "load", "max_vio", "cv", "entropy", "dead", "drop_fraction", "gate"
+        "load", "max_vio", "cv", "entropy", "dead", "drop_fraction", "overflow_fraction", "gate"
     }  # fmt: skip
     chex.assert_trees_all_close(metrics["max_vio"], jnp.array([1.0, 0.0]), atol=1e-6)
     chex.assert_trees_all_close(metrics["entropy"], jnp.array([0.75, 1.0]), atol=1e-6)
     # Two of the eight assignments.
     chex.assert_trees_all_close(metrics["drop_fraction"], jnp.array([0.0, 0.25]))
+    chex.assert_trees_all_close(metrics["overflow_fraction"], jnp.array([0.0, 0.75]))
     chex.assert_trees_all_close(metrics["gate"], jnp.array([0.5, 0.75]))
     chex.assert_shape(metrics["load"], (2, 4))
     for layer in range(2):
@@ -117,6 +120,8 @@ def test_energy_appears_where_the_router_measures_it():
         "load": jnp.array([1.0, 1.0]),
         "gate": jnp.float32(1),
         "dropped": jnp.float32(0),
+        "overflows": jnp.float32(0),
+        "exchanges": jnp.float32(0),
         "token_sum": jnp.zeros((3,)),
         "token_square": jnp.float32(4),
         "z_sum": jnp.zeros((2,)),

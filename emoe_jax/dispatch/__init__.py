@@ -1,4 +1,7 @@
-"""Dispatchers: each moves tokens to their experts and back, behind one contract (`base`)."""
+"""Dispatchers: each moves tokens to their experts and back, behind one contract (`base`).
+
+`exchange` does it on a mesh of devices.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import jax
 from emoe_jax.config import require_choice
 from emoe_jax.dispatch import capacity, dense, dropless
 from emoe_jax.dispatch.base import Groups
+from emoe_jax.dispatch.exchange import choose, exchange
 
 
 class Dispatcher(NamedTuple):
@@ -36,4 +40,4 @@ def dispatcher(name: str) -> Dispatcher:
     return _BY_NAME[name]
 
 
-__all__ = ["Dispatcher", "Groups", "dispatcher"]
+__all__ = ["Dispatcher", "Groups", "choose", "dispatcher", "exchange"]

@@ -63,13 +63,7 @@ def dispatch(
     K = routing.indices.shape[1]
     C = slots(T, K, E, capacity_factor)
     experts = jnp.where(mask[:, None], routing.indices, E)
-    # Sorting the assignments k-major ranks every first choice before any second one.
-    order, starts, sizes = sort_by_expert(experts.T.reshape(-1), E)
-    sorted_experts = experts.T.reshape(-1)[order]
-    starts_padded = jnp.append(starts, jnp.sum(sizes))
-    rank = jnp.arange(T * K, dtype=jnp.int32) - starts_padded[sorted_experts]
-    kept = (rank < C) & (sorted_experts < E)
-    slot = jnp.where(kept, sorted_experts * C + rank, E * C)
+    order, slot, sizes = _slots_in_order(experts, E, C)
     token = order % T
     sources = jnp.full((E * C,), T, jnp.int32).at[slot].set(token, mode="drop")
     assignment = jnp.full((E * C,), T * K, jnp.int32).at[slot].set(order, mode="drop")
@@ -82,6 +76,36 @@ def dispatch(
         Slots(places, sources),
         jnp.sum(jnp.maximum(sizes - C, 0), dtype=jnp.float32),
     )
+
+
+def _slots_in_order(experts: Array, E: int, C: int) -> tuple[Array, Array, Array]:
+    """Gives slots to assignments, first choices first.
+
+    Args:
+        experts: [T,K] int32, E for nowhere.
+        E: experts.
+        C: slots of one expert.
+
+    Returns:
+        order [T·K], the assignments k-major, sorted by expert; slot [T·K] of each of these, E·C
+        for none; assignments of each expert [E]. All int32.
+    """
+    flat = experts.T.reshape(-1)
+    # Sorting the assignments k-major ranks every first choice before any second one.
+    order, starts, sizes = sort_by_expert(flat, E)
+    sorted_experts = flat[order]
+    starts = jnp.append(starts, jnp.sum(sizes))
+    rank = jnp.arange(flat.size, dtype=jnp.int32) - starts[sorted_experts]
+    kept = (rank < C) & (sorted_experts < E)
+    return order, jnp.where(kept, sorted_experts * C + rank, E * C), sizes
+
+
+def keep_within(experts: Array, E: int, C: int) -> Array:
+    """The assignments [T,K] int32 with E, nowhere, in place of those that find no slot."""
+    T, K = experts.shape
+    order, slot, _ = _slots_in_order(experts, E, C)
+    kept = jnp.zeros((T * K,), bool).at[order].set(slot < E * C, unique_indices=True)
+    return jnp.where(kept.reshape(K, T).T, experts, E)
 
 
 def _take_chosen(tokens: Array, routing: ExpertChoice, mask: Array) -> Groups:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -29,6 +31,45 @@ def sort_by_expert(experts: Array, count: int) -> tuple[Array, Array, Array]:
     return order, jnp.cumsum(sizes, dtype=jnp.int32) - sizes, sizes
 
 
+NO_CHOICES = (
+    "dispatch 'dropless' sorts the choices of tokens, and the expert_choice router makes none: its"
+    " experts take a fixed number of tokens; set dispatch to 'capacity'"
+)
+
+
+class Grouping(NamedTuple):
+    """Assignments [T,K] sorted by expert.
+
+    Attributes:
+        order: [T·K] int32, the assignments by expert; those that go nowhere come last.
+        places: [T,K] int32, where in `order` each stands; T·K, nowhere, for those.
+        sources: [T·K] int32, the token of each; T for those.
+        sizes: [E] int32, assignments of each expert.
+    """
+
+    order: Array
+    places: Array
+    sources: Array
+    sizes: Array
+
+
+def group_by_expert(experts: Array, count: int) -> Grouping:
+    """Sorts assignments by expert, for `rows`.
+
+    Args:
+        experts: [T,K] int32; `count` for nowhere.
+        count: E.
+    """
+    T, K = experts.shape
+    flat = experts.reshape(-1)
+    order, _, sizes = sort_by_expert(flat, count)
+    steps = jnp.arange(T * K, dtype=jnp.int32)
+    places = jnp.zeros_like(order).at[order].set(steps, unique_indices=True)
+    places = jnp.where(flat < count, places, T * K).reshape(T, K)
+    sources = jnp.where(steps < jnp.sum(sizes), order // K, T)
+    return Grouping(order, places, sources, sizes)
+
+
 def dispatch(
     tokens: Array, routing: Routing | ExpertChoice, mask: Array, capacity_factor: float
 ) -> Groups:
@@ -47,23 +88,14 @@ def dispatch(
         ValueError: the routing is expert choice, whose groups have a fixed size.
     """
     if isinstance(routing, ExpertChoice):
-        raise ValueError(
-            "dispatch 'dropless' sorts the choices of tokens, and the expert_choice router makes"
-            " none: its experts take a fixed number of tokens; set dispatch to 'capacity'"
-        )
-    T, K = routing.indices.shape
+        raise ValueError(NO_CHOICES)
     E = routing.probs.shape[-1]
-    experts = jnp.where(mask[:, None], routing.indices, E).reshape(-1)
-    order, _, sizes = sort_by_expert(experts, E)
-    places = (
-        jnp.zeros_like(order).at[order].set(jnp.arange(T * K, dtype=jnp.int32), unique_indices=True)
-    )
-    places, sources = places.reshape(T, K), order // K
+    group = group_by_expert(jnp.where(mask[:, None], routing.indices, E), E)
     return Groups(
-        spread_rows(tokens, sources, places),
-        sizes,
-        routing.weights.reshape(-1)[order],
-        (places, sources),
+        spread_rows(tokens, group.sources, group.places),
+        group.sizes,
+        routing.weights.reshape(-1)[group.order],
+        (group.places, group.sources),
         jnp.zeros((), jnp.float32),
     )
 

@@ -1,0 +1,384 @@
+"""Expert parallelism: tokens go to the devices that hold their experts, and come back.
+
+One fully manual `shard_map` over the mesh, whose body dispatches, exchanges, runs the experts that
+are here, exchanges back and combines. With one device on the axis `expert` nothing is exchanged,
+and the body is the dropless dispatch of each device's own tokens.
+
+- "all_to_all": P = buffer_factor · A/X slots for each pair of devices. What finds no slot waits for
+  another round of the same exchange; the number of rounds is agreed by the group, is one but for
+  an overflow, and every further round saves nothing for the backward pass: it is run again there.
+  So a result is exact whatever the load, and an overflow costs time, not memory.
+- "ragged_all_to_all": the same with exact sizes, and room for buffer_factor · A rows on a device.
+- "all_gather": every device sees all tokens of its group, computes what its experts give them, and
+  the sum is scattered. Never overflows.
+
+Letters as in `transport`. The gates stay at home: rows travel without them, and outputs are
+weighed where they come back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from emoe_jax.config import MoEConfig, require
+from emoe_jax.dispatch import transport
+from emoe_jax.dispatch.capacity import keep_within, slots
+from emoe_jax.dispatch.dense import dense_weights
+from emoe_jax.dispatch.dropless import NO_CHOICES, group_by_expert
+from emoe_jax.dispatch.rows import collect_rows, spread_rows
+from emoe_jax.routers.base import ExpertChoice, Routing
+from emoe_jax.sharding import AXES, BATCH_AXES, RULES, spec
+
+Array = jax.Array
+Weights = dict[str, Array]
+Experts = Callable[[Weights, Array, Array], Array]
+
+GATHERED = "gathered_experts"
+"""Checkpoint name of experts' weights gathered over `fsdp`: gathered again, never kept."""
+
+
+class Choices(NamedTuple):
+    """What every router's decision comes to, over all devices.
+
+    Attributes:
+        experts: [T,K] int32, E for an assignment that goes nowhere.
+        gates: [T,K] float32.
+        dropped: [] float32, assignments of real tokens beyond the capacity.
+    """
+
+    experts: Array
+    gates: Array
+    dropped: Array
+
+
+def choose(routing: Routing | ExpertChoice, real: Array, config: MoEConfig) -> Choices:
+    """The assignments of a routing, after padding and, with dispatch "capacity", the capacity.
+
+    The capacity counts over all devices, so it drops the same assignments on every mesh. Expert
+    choice has K = E assignments for each token, most of which go nowhere.
+
+    Args:
+        routing: either form.
+        real: [T] bool, False for padding.
+        config: of the layer.
+
+    Raises:
+        ValueError: expert choice with dispatch "dropless".
+    """
+    T, E = routing.probs.shape
+    none = jnp.zeros((), jnp.float32)
+    if isinstance(routing, ExpertChoice):
+        require(config.dispatch != "dropless", NO_CHOICES)
+        numbers = jnp.arange(E, dtype=jnp.int32)
+        taken = jnp.zeros((T, E), bool).at[routing.tokens, numbers[:, None]].set(True)
+        taken = taken & real[:, None]
+        return Choices(jnp.where(taken, numbers, E), dense_weights(routing).T, none)
+    experts = jnp.where(real[:, None], routing.indices, E)
+    if config.dispatch != "capacity":
+        return Choices(experts, routing.weights, none)
+    C = slots(T, config.top_k, E, config.capacity_factor)
+    kept = keep_within(experts, E, C)
+    dropped = jnp.sum((kept == E) & (experts < E), dtype=jnp.float32)
+    return Choices(kept, routing.weights, dropped)
+
+
+class Exchanged(NamedTuple):
+    """What came back.
+
+    Attributes:
+        out: [T,D] in the dtype of the tokens.
+        dropped: [] float32, assignments that found no slot; zero unless `on_overflow` is "drop".
+        overflows: [] float32, exchanges in which one round was not enough.
+        exchanges: [] float32, exchanges in all: one for each group and chunk.
+    """
+
+    out: Array
+    dropped: Array
+    overflows: Array
+    exchanges: Array
+
+
+def choose_exchange(config: MoEConfig, devices: int) -> str:
+    """The exchange that "auto" means on X devices.
+
+    Gathering moves (X-1)·T rows each way, all_to_all buffer_factor·K·T·(X-1)/X: the first is less
+    up to X = buffer_factor·K. ragged_all_to_all is not chosen: it is not measured here, and is
+    reported to crash and to corrupt on GPU (openxla/xla issue 47283).
+    """
+    if config.exchange != "auto":
+        return config.exchange
+    return "all_gather" if devices <= config.buffer_factor * config.top_k else "all_to_all"
+
+
+def exchange(
+    tokens: Array,
+    experts: Array,
+    gates: Array,
+    weights: Weights,
+    apply: Experts,
+    config: MoEConfig,
+    mesh: AbstractMesh,
+) -> Exchanged:
+    """Sends tokens through their experts on a mesh.
+
+    Args:
+        tokens: [T,D], T over all devices, sharded or not.
+        experts: [T,K] int32, E for an assignment that goes nowhere. K may exceed `config.top_k`
+            where few of the assignments go anywhere (expert choice); buffers are of that size.
+        gates: [T,K] float32.
+        weights: the experts' arrays by name, see `experts.Experts`.
+        apply: the experts: weights, rows [M,D] sorted by expert and sizes [E/X] to rows [M,D].
+        config: of the layer.
+        mesh: with all of `sharding.AXES`.
+
+    Raises:
+        ValueError: the axis `expert` does not divide E.
+    """
+    X = mesh.shape["expert"]
+    require(
+        config.experts % X == 0,
+        f"mesh.expert={X} does not divide experts={config.experts}; choose a divisor",
+    )
+    T = tokens.shape[0]
+    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES) * config.exchange_chunks
+    missing = -T % parts
+    if missing:
+        tokens = jnp.pad(tokens, ((0, missing), (0, 0)))
+        experts = jnp.pad(experts, ((0, missing), (0, 0)), constant_values=config.experts)
+        gates = jnp.pad(gates, ((0, missing), (0, 0)))
+    places = {name: _place(name, leaf) for name, leaf in weights.items()}
+    rows = PartitionSpec(BATCH_AXES)
+    body = jax.shard_map(
+        partial(_body, apply=apply, config=config, places=places),
+        mesh=mesh,
+        in_specs=(rows, rows, rows, places),
+        out_specs=(rows, PartitionSpec(), PartitionSpec(), PartitionSpec()),
+    )
+    done = Exchanged(*body(tokens, experts, gates, weights))
+    return done._replace(out=done.out[:T]) if missing else done
+
+
+def _place(name: str, leaf: Array) -> PartitionSpec:
+    key = jax.tree_util.DictKey(name)
+    return spec((key,), leaf.ndim)
+
+
+# --- the body: one device ---------------------------------------------------------------------
+
+
+def _body(
+    tokens: Array,
+    experts: Array,
+    gates: Array,
+    weights: Weights,
+    *,
+    apply: Experts,
+    config: MoEConfig,
+    places: dict[str, PartitionSpec],
+) -> tuple[Array, Array, Array, Array]:
+    """All chunks of this device's tokens; each chunk's exchange is independent of the others'."""
+
+    def run(tokens: Array, experts: Array, gates: Array, weights: Weights) -> Any:
+        with jax.named_scope("gather_experts"):
+            whole = {name: _gather(leaf, places[name]) for name, leaf in weights.items()}
+        inputs = [transport.vary(part, BATCH_AXES) for part in (tokens, experts, gates)]
+        chunks = [jnp.split(part, config.exchange_chunks) for part in inputs]
+        done = [
+            _chunk(*chunk, weights=whole, apply=apply, config=config)
+            for chunk in zip(*chunks, strict=True)
+        ]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *done)
+
+    if lax.axis_size(RULES["embed"]) > 1:
+        # Kept for the backward pass, gathered weights would be the whole model: gathered again.
+        run = jax.checkpoint(
+            run, policy=jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+        )
+    out, dropped, overflows = run(tokens, experts, gates, weights)
+    out = lax.psum(out.reshape(tokens.shape), RULES["mlp"]).astype(tokens.dtype)
+    X = lax.axis_size("expert")
+    # The devices of a group do the same exchange: each counts its share of it.
+    exchanges = transport.vary(jnp.float32(config.exchange_chunks / X if X > 1 else 0))
+    return out, _total(dropped), _total(overflows / X), _total(exchanges)
+
+
+def _total(count: Array) -> Array:
+    """Sum over all devices; those along `tensor` hold the same tokens, which count once."""
+    return lax.psum(jnp.sum(count), AXES) / lax.axis_size(RULES["mlp"])
+
+
+def _gather(leaf: Array, place: PartitionSpec) -> Array:
+    """Whole over `fsdp`; a bias that the shards of `tensor` would each add is kept by the first."""
+    for axis, name in enumerate(place):
+        if name == RULES["embed"]:
+            leaf = lax.all_gather(leaf, name, axis=axis, tiled=True)
+    leaf = transport.vary(leaf, [name for name in place if name])
+    if RULES["mlp"] not in place:
+        leaf = jnp.where(lax.axis_index(RULES["mlp"]) == 0, leaf, jnp.zeros_like(leaf))
+    return checkpoint_name(leaf, GATHERED)
+
+
+def _chunk(
+    tokens: Array,
+    experts: Array,
+    gates: Array,
+    *,
+    weights: Weights,
+    apply: Experts,
+    config: MoEConfig,
+) -> tuple[Array, Array, Array]:
+    """Outputs [T,D] float32, assignments dropped [], and whether one round was not enough []."""
+    X = lax.axis_size("expert")
+    zero = transport.vary(jnp.zeros((), jnp.float32))
+    if X == 1:
+        return _local(tokens, experts, gates, weights, apply, config.experts), zero, zero
+    name = choose_exchange(config, X)
+    if name == "all_gather":
+        return _all_gather(tokens, experts, gates, weights, apply, config), zero, zero
+    plan = transport.sort_assignments(experts, config.experts)
+    way = transport.TRANSPORTS[name]
+    room = way.room(tokens.shape[0] * config.top_k, X, config.buffer_factor)
+    rounds = way.rounds(plan, room)
+    overflowed = (rounds > 1).astype(jnp.float32)
+    inputs = (tokens, gates, weights)
+    if config.on_overflow == "drop":
+        dropped = way.overflow(plan, room).astype(jnp.float32)
+        return _round(way, room, apply, plan, 0, *inputs), dropped, overflowed
+    return _rounds(way, room, apply, plan, rounds, inputs), zero, overflowed
+
+
+def _local(
+    tokens: Array, experts: Array, gates: Array, weights: Weights, apply: Experts, count: int
+) -> Array:
+    """Tokens [T,D] through those of their K experts that are here, 0 to count-1: [T,D] float32."""
+    group = group_by_expert(experts, count)
+    with jax.named_scope("dispatch"):
+        rows = spread_rows(tokens, group.sources, group.places)
+    with jax.named_scope("experts"):
+        rows = apply(weights, rows, group.sizes)
+    with jax.named_scope("combine"):
+        weighted = rows.astype(jnp.float32) * gates.reshape(-1)[group.order][:, None]
+        return collect_rows(weighted, group.places, group.sources)
+
+
+def _all_gather(
+    tokens: Array,
+    experts: Array,
+    gates: Array,
+    weights: Weights,
+    apply: Experts,
+    config: MoEConfig,
+) -> Array:
+    held = config.experts // lax.axis_size("expert")
+    with jax.named_scope("exchange"):
+        everyone = [lax.all_gather(part, "expert", tiled=True) for part in (tokens, experts, gates)]
+    first = lax.axis_index("expert").astype(jnp.int32) * held
+    here = everyone[1] - first
+    here = jnp.where((here >= 0) & (here < held), here, held)
+    out = _local(everyone[0], here, everyone[2], weights, apply, held)
+    with jax.named_scope("return"):
+        return lax.psum_scatter(out, "expert", tiled=True)
+
+
+# --- rounds -----------------------------------------------------------------------------------
+
+
+def _round(
+    way: transport.Transport,
+    room: int,
+    apply: Experts,
+    plan: transport.Sorted,
+    turn: Any,
+    tokens: Array,
+    gates: Array,
+    weights: Weights,
+) -> Array:
+    """What round `turn` adds to the outputs, [T,D] float32."""
+    move = way.window(plan, room, turn)
+    with jax.named_scope("dispatch"):
+        rows = spread_rows(tokens, move.sources, move.places)
+    with jax.named_scope("exchange"):
+        rows = move.there(rows)
+    with jax.named_scope("experts"):
+        group = group_by_expert(move.arriving[:, None], plan.held)
+        rows = apply(weights, spread_rows(rows, group.sources, group.places), group.sizes)
+        rows = collect_rows(rows, group.places, group.sources)
+    with jax.named_scope("return"):
+        rows = move.back(rows)
+    with jax.named_scope("combine"):
+        gate = gates.reshape(-1).at[move.assignments].get(mode="fill", fill_value=0)
+        return collect_rows(rows.astype(jnp.float32) * gate[:, None], move.places, move.sources)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _rounds(
+    way: transport.Transport,
+    room: int,
+    apply: Experts,
+    plan: transport.Sorted,
+    rounds: Array,
+    inputs: tuple[Array, Array, Weights],
+) -> Array:
+    """Outputs [T,D] float32 of as many rounds as the group needs."""
+    first = _round(way, room, apply, plan, 0, *inputs)
+    return _further(way, room, apply, plan, rounds, inputs, first)
+
+
+def _further(
+    way: transport.Transport,
+    room: int,
+    apply: Experts,
+    plan: transport.Sorted,
+    rounds: Array,
+    inputs: tuple[Array, Array, Weights],
+    out: Array,
+) -> Array:
+    def add(turn: Array, out: Array) -> Array:
+        return out + _round(way, room, apply, plan, turn, *inputs)
+
+    return lax.fori_loop(1, rounds, add, out)
+
+
+def _rounds_forward(
+    way: transport.Transport,
+    room: int,
+    apply: Experts,
+    plan: transport.Sorted,
+    rounds: Array,
+    inputs: tuple[Array, Array, Weights],
+) -> tuple[Array, Any]:
+    """Keeps what the first round's backward pass needs; further rounds keep their inputs alone."""
+    first, pull = jax.vjp(partial(_round, way, room, apply, plan, 0), *inputs)
+    out = _further(way, room, apply, plan, rounds, inputs, first)
+    return out, (pull, plan, rounds, inputs)
+
+
+def _rounds_backward(
+    way: transport.Transport, room: int, apply: Experts, saved: Any, cotangent: Array
+) -> tuple[Any, Any, Any]:
+    pull, plan, rounds, inputs = saved
+
+    def add(turn: Array, gradients: Any) -> Any:
+        _, pull = jax.vjp(partial(_round, way, room, apply, plan, turn), *inputs)
+        return jax.tree.map(jnp.add, gradients, pull(cotangent))
+
+    gradients = lax.fori_loop(1, rounds, add, pull(cotangent))
+    none = jax.tree.map(_no_gradient, (plan, rounds))
+    return (*none, gradients)
+
+
+def _no_gradient(indices: Array) -> Any:
+    return np.zeros(indices.shape, jax.dtypes.float0)
+
+
+_rounds.defvjp(_rounds_forward, _rounds_backward)
