@@ -6,13 +6,15 @@ trains from it). `--set` tells what the weights do not: num_heads, and the relea
 for what a config.json beside them tells, such as --set num_heads=12 --set router_mode=top1.
 
 To PyTorch: SOURCE is such a folder, or that of a run; TARGET a `.safetensors` file that the
-release's (or, without experts, timm's) load_state_dict takes with strict=True.
+release's (or, without experts, timm's) load_state_dict takes with strict=True. The config.json that
+is written beside it tells the rest: the way back needs no `--set`.
 
 Nothing is written unless every tensor has its place.
 """
 
 from __future__ import annotations
 
+import json
 import pathlib
 from typing import Any
 
@@ -23,7 +25,8 @@ from emoe_jax.config import require
 from emoe_jax.interop import files, mapping
 from emoe_jax.models import EMoEViT
 from train import cli, tables
-from train.run import is_saved_model, load_model, save_model
+from train.config import to_json
+from train.run import is_saved_model, load_model, read_model_config, save_model
 
 Rows = list[dict[str, Any]]
 
@@ -39,33 +42,49 @@ def to_ours(source: str, target: pathlib.Path, told: dict[str, Any]) -> Rows:
         not target.exists() or (target.is_dir() and not any(target.iterdir())),
         f"--to={target} exists and is not empty; nothing is overwritten: name another folder",
     )
-    file = files.locate(source)
-    state = files.read_state(file)
-    if any(name.startswith("vit.") for name in state):
-        model = interop.load_emoe(file, told)
-    else:
-        model = interop.load_vit(state, told)
+    model = interop.load(source, told)
     save_model(target, model)
     return mapped(model)
 
 
 def to_torch(source: pathlib.Path, target: pathlib.Path, which: str = "newest") -> Rows:
-    """Writes a safetensors file from a folder of ours; returns what was mapped.
+    """Writes a safetensors file, and a config.json beside it, from a folder of ours.
+
+    Returns:
+        What was mapped.
 
     Raises:
-        ValueError: a model that PyTorch's side has no place for, or another suffix.
+        ValueError: a model that PyTorch's side has no place for, another suffix, or a config.json
+            of something else in the target's folder.
         FileNotFoundError: the folder holds no checkpoint, or the target's does not exist.
     """
     require(
         target.suffix == files.SAFETENSORS,
         f"--to={target} must end in {files.SAFETENSORS}, which is what is written",
     )
+    described = interop.describe(read_model_config(source))
+    beside = target.parent / files.CONFIG
+    require(
+        not beside.exists() or _content(beside) == described,
+        f"{beside} exists and is about something else, but --to={target} needs its own there to be"
+        " read again; nothing was written: name a file in another folder",
+    )
     model = load_model(source, which)
     state = interop.export_emoe(model)
     if all(name.startswith("vit.") for name in state):
         state = interop.export_vit(model)
     files.write_safetensors(target, state, {"format": "pt"})
+    if not beside.exists():
+        beside.write_text(to_json(described), encoding="utf-8")
     return mapped(model)
+
+
+def _content(file: pathlib.Path) -> Any:
+    """The JSON of a file; None for anything else."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
 
 
 def mapped(model: EMoEViT) -> Rows:

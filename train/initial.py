@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from emoe_jax import pure
+from emoe_jax import interop, pure
 from emoe_jax.basis import map_bases, orthonormalize
 from emoe_jax.config import ViTConfig, require
+from emoe_jax.interop.vit import fit_positions
 from emoe_jax.optim import partition
 from train.run import Run, is_saved_model, load_model
 
@@ -47,20 +48,30 @@ def initial_params(run: Run) -> tuple[Tree, list[str]]:
         taken, notes = _from_folder(folder, run)
     else:
         _check_folder(folder)
-        # Its packages are needed by those alone who name such a source.
-        from emoe_jax.interop import initial_params as from_torch
-
-        taken, notes = from_torch(str(folder), model, run.abstract["params"])
+        taken, notes = interop.initial_params(str(folder), model, run.abstract["params"])
     # Routers take their bases for orthonormal, and PyTorch's are off by their last step.
     return map_bases(lambda weight: orthonormalize(jnp.asarray(weight)), taken), notes
 
 
 def place_params(params: Tree, taken: Tree) -> Tree:
-    """Puts what was taken in the place of drawn parameters, dtypes and shardings kept."""
+    """Puts what was taken in the place of drawn parameters, dtypes and shardings kept.
+
+    A drawn array is deleted before the one that replaces it is placed: a model whose parameters
+    fill a device is never there twice.
+
+    Args:
+        params: drawn parameters; those that are replaced cannot be used any more.
+        taken: arrays on the host for some of them.
+
+    Returns:
+        The parameters.
+    """
     leaves = traverse_util.flatten_dict(params)
     for path, leaf in traverse_util.flatten_dict(taken).items():
         drawn = leaves[path]
-        leaves[path] = jax.device_put(np.asarray(leaf, drawn.dtype), drawn.sharding)
+        value, where = np.asarray(leaf, drawn.dtype), drawn.sharding
+        drawn.delete()
+        leaves[path] = jax.device_put(value, where)
     return traverse_util.unflatten_dict(leaves)
 
 
@@ -90,10 +101,36 @@ def _check_folder(folder: pathlib.Path) -> None:
 
 def _from_folder(folder: pathlib.Path, run: Run) -> tuple[Tree, list[str]]:
     """Takes what fits from the newest checkpoint in a folder of ours."""
-    _, params, _ = pure.split(load_model(folder))
-    taken, notes = matching(jax.device_get(params), run.abstract["params"])
+    model = load_model(folder)
+    assert isinstance(run.config.model, ViTConfig)
+    _, params, _ = pure.split(model)
+    source, resized = with_positions(jax.device_get(params), model.config, run.config.model)
+    taken, notes = matching(source, run.abstract["params"])
+    notes = resized + notes
     require(bool(taken), f"init_from={folder} holds no parameter that fits: {'; '.join(notes)}")
     return taken, [f"the newest checkpoint in {folder}", *notes]
+
+
+def with_positions(source: Tree, there: ViTConfig, here: ViTConfig) -> tuple[Tree, list[str]]:
+    """The parameters with position embeddings for a model, as `interop.initial_params` has them.
+
+    Args:
+        source: nested dict of numpy arrays.
+        there: the configuration that they belong to.
+        here: that of the model which starts from them.
+
+    Returns:
+        The parameters, positions resized where the images differ, and left out where they belong to
+        other tokens; and a note if something was done.
+    """
+    tokens = [config.prefix * config.embed_prefix for config in (there, here)]
+    if tokens[0] != tokens[1]:
+        rest = {name: leaf for name, leaf in source.items() if name != "position"}
+        return rest, [
+            f"positions start anew: {tokens[1]} of them belong to no patch here, {tokens[0]} there"
+        ]
+    position, notes = fit_positions(source["position"], here)
+    return {**source, "position": position}, notes
 
 
 def matching(source: Tree, target: Tree) -> tuple[Tree, list[str]]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,39 +13,29 @@ import numpy as np
 from flax import nnx, traverse_util
 
 from emoe_jax import pure
-from emoe_jax.config import (
-    BasisConfig,
-    MoEConfig,
-    RouterConfig,
-    ViTConfig,
-    moe_layers,
-    require,
-)
-from emoe_jax.interop import files, mapping, vit
+from emoe_jax.config import ViTConfig, require
+from emoe_jax.interop import config_json, files, mapping, released, vit
 from emoe_jax.models.vit import EMoEViT
 
 Tree = Any
 State = Mapping[str, np.ndarray]
 Source = str | pathlib.Path | State
+Config = Mapping[str, Any]
 
-# Defaults of the release's MoEConfig.
-_RELEASED = {
-    "experts": 8,
-    "r": 128,
-    "bottleneck": 192,
-    "tau": 1.0,
-    "router_mode": "soft",
-    "alpha": 1.0,
-    "blocks": "last6",
-    "apply_to_patches_only": True,
-    "ortho_lambda": 1e-3,
-    "freeze_backbone": True,
-    "unfreeze_layernorm": False,
-}
 
-# Heads of timm's sizes, by the part of a model's name that tells the size (arXiv 2010.11929,
-# table 1; tiny and small of arXiv 2012.12877, table 1).
-_HEADS = {"tiny": 3, "small": 6, "base": 12, "large": 16, "huge": 16}
+def load(source: Source, config: Config | None = None) -> EMoEViT:
+    """The model of a checkpoint: `load_emoe` where its names begin with vit., `load_vit` else.
+
+    Args:
+        source: as of `load_emoe`.
+        config: as of the one or the other.
+
+    Raises:
+        ValueError: as of both.
+        FileNotFoundError: no such file.
+    """
+    state, told, beside = _read(source, config)
+    return (_emoe if _part(state, "vit.") else _vit)(state, told, beside)
 
 
 def load_emoe(source: Source, config: Mapping[str, Any] | None = None) -> EMoEViT:
@@ -61,9 +50,9 @@ def load_emoe(source: Source, config: Mapping[str, Any] | None = None) -> EMoEVi
         config: the release's MoEConfig as a mapping, with `num_heads`, and where the weights leave
             a choice `img_size` and `global_pool`; see `interop.vit.FACTS`. Of a file, what is left
             out is first looked for in the config.json beside it, as the release's class for the Hub
-            writes it. Then sizes and blocks are read off the weights, and the rest (router_mode
-            "soft", tau 1, ortho_lambda 1e-3, apply_to_patches_only) is the release's default.
-            Another `img_size` than the checkpoint's resizes the position embeddings.
+            or `describe` writes it. Then sizes and blocks are read off the weights, and the rest
+            but `router_mode` (tau 1, ortho_lambda 1e-3, apply_to_patches_only) is the release's
+            default. Another `img_size` than the checkpoint's resizes the position embeddings.
 
     Raises:
         ValueError: unknown or contradictory configuration, a variant of ViT that is not supported,
@@ -71,49 +60,78 @@ def load_emoe(source: Source, config: Mapping[str, Any] | None = None) -> EMoEVi
         FileNotFoundError: no such file.
         ModuleNotFoundError: a Hub repository without the extra `hub`.
     """
-    state, config = _read(source, config)
-    given = _released_config(config, state)
+    return _emoe(*_read(source, config))
+
+
+def load_vit(source: Source, config: Config | None = None) -> EMoEViT:
+    """A timm Vision Transformer without experts, with the same outputs.
+
+    Args:
+        source: as of `load_emoe`; timm's state dict.
+        config: `num_heads`, and where the weights leave a choice the other `interop.vit.FACTS`. Of
+            a file, what is left out is first looked for in the config.json beside it, as timm or
+            `describe` writes it.
+
+    Raises:
+        ValueError: as of `load_emoe`.
+        FileNotFoundError: no such file.
+    """
+    return _vit(*_read(source, config))
+
+
+def _emoe(state: State, told: Config, beside: config_json.Described) -> EMoEViT:
+    _refuse_unknown(told, (*released.DEFAULTS, *vit.FACTS))
+    _refuse_unknown(beside.moe, tuple(released.DEFAULTS))
     backbone = _part(state, "vit.")
     require(
         bool(backbone),
         "the checkpoint holds no tensor vit.*, so it is none of the EMoE release; load a plain"
         " Vision Transformer of timm with load_vit",
     )
+    given = released.complete(beside.moe | dict(told), state)
     require(
         "reg_token" not in backbone and "cls_token" in backbone,
         "the release needs a class token and knows no register tokens; load this backbone with"
         " load_vit",
     )
-    facts = {name: config[name] for name in vit.FACTS if name in config}
-    trunk = vit.settings(backbone, facts)
-    blocks = released_blocks(given["blocks"], trunk["depth"])
+    trunk = vit.settings(backbone, _facts(told, beside))
+    blocks = released.released_blocks(given["blocks"], trunk["depth"])
     model = ViTConfig(
         **trunk,
         moe_form="adapter",
         moe_every=0,
         moe_blocks=blocks,
         route_class=bool(blocks) and not given["apply_to_patches_only"],
-        moe=_moe_config(given, trunk["width"]),
+        moe=released.moe_config(given, trunk["width"]),
     )
     return _fill(model, state)
 
 
-def load_vit(source: Source, config: Mapping[str, Any]) -> EMoEViT:
-    """A timm Vision Transformer without experts, with the same outputs.
-
-    Args:
-        source: as of `load_emoe`; timm's state dict.
-        config: `num_heads`, and where the weights leave a choice the other `interop.vit.FACTS`.
-
-    Raises:
-        ValueError: as of `load_emoe`.
-        FileNotFoundError: no such file.
-    """
-    state, config = _read(source, config)
-    _refuse_unknown(config, vit.FACTS)
-    trunk = vit.settings(state, config)
+def _vit(state: State, told: Config, beside: config_json.Described) -> EMoEViT:
+    _refuse_unknown(told, vit.FACTS)
+    trunk = vit.settings(state, _facts(told, beside))
     named = {f"vit.{name}": tensor for name, tensor in state.items()}
     return _fill(ViTConfig(**trunk, moe_every=0), named)
+
+
+def _facts(told: Config, beside: config_json.Described) -> dict[str, Any]:
+    """What is told of the backbone, first by the user."""
+    _refuse_unknown(beside.backbone, vit.FACTS)
+    return beside.backbone | {name: fact for name, fact in told.items() if name in vit.FACTS}
+
+
+def describe(model: EMoEViT | ViTConfig) -> dict[str, Any]:
+    """The content of the config.json that belongs beside a model's exported weights.
+
+    With it beside them `load` needs no configuration; `config_json.describe` says more.
+
+    Args:
+        model: a model, or its configuration.
+
+    Raises:
+        ValueError: the release computes such a model in another way, or not at all.
+    """
+    return config_json.describe(model.config if isinstance(model, EMoEViT) else model)
 
 
 def export_emoe(model: nnx.Module | Tree) -> dict[str, np.ndarray]:
@@ -135,34 +153,10 @@ def export_emoe(model: nnx.Module | Tree) -> dict[str, np.ndarray]:
     """
     whole = isinstance(model, nnx.Module)
     if isinstance(model, EMoEViT):
-        _check_exportable(model.config)
+        released.check_exportable(model.config)
     tree = pure.plain(nnx.state(model)) if whole else _as_tree(model)
     state = mapping.to_torch(tree)
     return _with_companions(state) if whole else state
-
-
-def _check_exportable(config: ViTConfig) -> None:
-    """Raises `ValueError` for what the release computes in another way, or not at all."""
-    require(
-        config.head_dim in (0, config.width // config.heads),
-        f"head_dim={config.head_dim} is not width / heads, as it is in every timm model",
-    )
-    if not any(moe_layers(config)):
-        return
-    moe = config.moe
-    same = {
-        "moe_form": (config.moe_form, ("adapter",)),
-        "moe.router": (moe.router, ("eigen",)),
-        "moe.activation": (moe.activation, ("gelu",)),
-        "moe.dispatch": (moe.dispatch, ("dense", "dropless")),
-        "moe.top_k": (moe.top_k, (1, 2, moe.experts)),
-    }
-    for name, (value, choices) in same.items():
-        require(
-            value in choices,
-            f"the release has no {name}={value!r}, only {', '.join(map(str, choices))}; such a"
-            " model has no place in a checkpoint of the release",
-        )
 
 
 def export_vit(model: nnx.Module | Tree) -> dict[str, np.ndarray]:
@@ -199,17 +193,17 @@ def initial_params(source: Source, config: ViTConfig, params: Tree) -> tuple[Tre
     Raises:
         ValueError: tensors of the backbone that are missing or of another shape, all at once.
     """
-    state = dict(_read(source, {})[0])
+    state, told, beside = _read(source, {})
     if not _part(state, "vit."):
         state = {f"vit.{name}": tensor for name, tensor in state.items()}
-    vit.refuse_variants(_part(state, "vit."))
-    _resize(state, config)
+    _check_source(_part(state, "vit."), _facts(told, beside), config)
+    state, resized = _with_positions(state, config)
     entries = mapping.table(params)
     optional = ("vit.head.", "vit.head_dist.", "branches.")
     wrong = [
         line
         for line in mapping.problems(state, params, entries)
-        if not line.split(" ")[1].startswith(optional)
+        if line.startswith("dtype") or not line.split(" ")[1].startswith(optional)
     ]
     require(not wrong, _report("the checkpoint does not fit the model", wrong))
     fits = {
@@ -221,82 +215,36 @@ def initial_params(source: Source, config: ViTConfig, params: Tree) -> tuple[Tre
     short = {p.path for e in entries if not fits.get(e.name) for p in e.pieces}
     taken = [e for e in entries if not any(piece.path in short for piece in e.pieces)]
     names = {entry.name for entry in taken}
-    notes = [f"{'/'.join(path)} starts anew" for path in sorted(short)]
+    notes = resized + [f"{'/'.join(path)} starts anew" for path in sorted(short)]
     notes += [f"{name} is not used" for name in state if name not in names]
     return mapping.from_torch(state, params, taken), notes
 
 
-def released_blocks(spec: str | Sequence[int], depth: int) -> tuple[int, ...]:
-    """The blocks that the release's `blocks` names: "all", "last6", "last4", or as in "1,3".
-
-    A sequence of numbers, or one, does as well.
-
-    Numbers outside the depth are dropped, as in the release.
-
-    Raises:
-        ValueError: another word.
-    """
-    if spec == "all":
-        return tuple(range(depth))
-    if spec in ("last6", "last4"):
-        return tuple(range(max(0, depth - int(spec[4:])), depth))
-    listed = spec if isinstance(spec, Sequence) and not isinstance(spec, str) else [spec]
-    parts = [part.strip() for part in ",".join(map(str, listed)).split(",")]
+def _check_source(backbone: State, facts: Config, config: ViTConfig) -> None:
+    """Raises `ValueError` for weights that would compute something else in this model."""
+    vit.refuse_variants(backbone)
+    vit.refuse_facts(facts)
+    heads = facts.get("num_heads", config.heads)
     require(
-        all(part.lstrip("-").isdigit() for part in parts),
-        f"blocks={spec!r} must be 'all', 'last6', 'last4', or numbers as in '1,3'",
+        heads == config.heads,
+        f"the config.json beside the checkpoint tells num_heads={heads}, the model has"
+        f" heads={config.heads}, in which the same weights mean something else; set"
+        f" model.heads={heads}",
     )
-    return tuple(sorted({int(part) for part in parts if 0 <= int(part) < depth}))
 
 
-def _read(source: Source, config: Mapping[str, Any] | None) -> tuple[State, Mapping[str, Any]]:
+def _read(source: Source, config: Config | None) -> tuple[State, Config, config_json.Described]:
+    """The tensors, what the user told of them, and what the config.json beside them tells."""
     if isinstance(source, Mapping):
         require(config is not None, "a state dict comes without a configuration; give it")
-        return files.cleaned(source), dict(config or {})
+        return files.cleaned(source), dict(config or {}), config_json.Described({}, {})
     path = files.locate(source)
     beside = path.parent / files.CONFIG
     require(
         config is not None or beside.is_file(),
         f"there is no {beside}; give the release's MoEConfig and num_heads as config",
     )
-    return files.read_state(path), _beside(beside) | dict(config or {})
-
-
-def _beside(file: pathlib.Path) -> dict[str, Any]:
-    """What the config.json of the release's class for the Hub tells; nothing of other files."""
-    tree = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if "moe_config" not in tree:
-        return {}
-    name = str(tree.get("vit_model_name", ""))
-    heads = [count for size, count in _HEADS.items() if f"_{size}_" in name]
-    return dict(tree["moe_config"]) | ({"num_heads": heads[0]} if len(heads) == 1 else {})
-
-
-def _sizes(state: State) -> dict[str, Any]:
-    """What the weights tell of the release's configuration."""
-    branches = sorted({int(name.split(".")[1]) for name in state if name.startswith("branches.")})
-    if not branches:
-        return {}
-    branch = f"branches.{branches[0]}"
-    masks, down = f"{branch}.router.masks", f"{branch}.experts.0.down.weight"
-    found: dict[str, Any] = {"blocks": branches}
-    if masks in state and state[masks].ndim == 2:
-        found |= {"experts": state[masks].shape[0], "r": state[masks].shape[1]}
-    if down in state:
-        found["bottleneck"] = state[down].shape[0]
-    return found
-
-
-def _released_config(config: Mapping[str, Any], state: State) -> dict[str, Any]:
-    _refuse_unknown(config, (*_RELEASED, *vit.FACTS))
-    given = _RELEASED | _sizes(state)
-    given |= {key: value for key, value in config.items() if key in _RELEASED}
-    modes = ("soft", "top1", "top2")
-    require(
-        given["router_mode"] in modes,
-        f"router_mode={given['router_mode']!r} is not known; choose one of {', '.join(modes)}",
-    )
-    return given
+    return files.read_state(path), dict(config or {}), config_json.read(beside)
 
 
 def _refuse_unknown(config: Mapping[str, Any], known: tuple[str, ...]) -> None:
@@ -309,32 +257,9 @@ def _refuse_unknown(config: Mapping[str, Any], known: tuple[str, ...]) -> None:
         )
 
 
-def _moe_config(given: Mapping[str, Any], width: int) -> MoEConfig:
-    E = int(given["experts"])
-    # As in the release, top-k of no more experts than k is the soft mode.
-    K = {"soft": E, "top1": 1, "top2": 2}[given["router_mode"]]
-    require(
-        int(given["r"]) <= width,
-        f"r={given['r']} is more than the width {width}; a basis has at most as many directions",
-    )
-    return MoEConfig(
-        router="eigen",
-        experts=E,
-        top_k=min(K, E),
-        hidden=int(given["bottleneck"]),
-        dispatch="dense" if K >= E else "dropless",
-        activation="gelu",
-        basis=BasisConfig(rank=int(given["r"]), method="retraction", companion=True),
-        routing=RouterConfig(
-            temperature=float(given["tau"]), orthogonality_weight=float(given["ortho_lambda"])
-        ),
-    )
-
-
 def _fill(config: ViTConfig, state: State) -> EMoEViT:
     """The model of a configuration with the tensors of a state dict."""
-    state = dict(state)
-    _resize(state, config)
+    state, _ = _with_positions(state, config)
     model, params, router = pure.abstract_split(lambda: EMoEViT(config, rngs=nnx.Rngs(0)))
     flat = traverse_util.flatten_dict(params) | traverse_util.flatten_dict(router)
     tree = traverse_util.unflatten_dict(flat)
@@ -346,11 +271,13 @@ def _fill(config: ViTConfig, state: State) -> EMoEViT:
     return filled
 
 
-def _resize(state: dict[str, np.ndarray], config: ViTConfig) -> None:
-    name, prefix = "vit.pos_embed", config.prefix * config.embed_prefix
-    if name in state and state[name].ndim == 3 and state[name].shape[1] > prefix:
-        side = config.image_size // config.patch
-        state[name] = vit.resize_positions(state[name], prefix, side)
+def _with_positions(state: State, config: ViTConfig) -> tuple[State, list[str]]:
+    """The tensors with position embeddings for a model, and a note where they were resized."""
+    name = "vit.pos_embed"
+    if name not in state or state[name].ndim != 3:
+        return state, []
+    positions, notes = vit.fit_positions(state[name][0], config)
+    return {**state, name: positions[None]}, notes
 
 
 def _report(what: str, lines: list[str]) -> str:

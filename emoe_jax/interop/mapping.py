@@ -239,7 +239,7 @@ def from_torch(state: Mapping[str, np.ndarray], tree: Tree, entries: Sequence[En
 
 
 def problems(state: Mapping[str, np.ndarray], tree: Tree, entries: Sequence[Entry]) -> list[str]:
-    """Every missing, unexpected and misshapen tensor, one line each."""
+    """Every missing, unexpected, misshapen and integer tensor, one line each."""
     expected = {entry.name: torch_shape(tree, entry) for entry in entries}
     found = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in state]
     found += [
@@ -251,5 +251,11 @@ def problems(state: Mapping[str, np.ndarray], tree: Tree, entries: Sequence[Entr
         f"shape: {name} is {state[name].shape}, expected {shape}"
         for name, shape in expected.items()
         if name in state and state[name].shape != shape
+    ]
+    # Quantised weights, say, whose scales are somewhere else.
+    found += [
+        f"dtype: {name} is {state[name].dtype}, expected a floating one"
+        for name in expected
+        if name in state and not np.issubdtype(state[name].dtype, np.floating)
     ]
     return found

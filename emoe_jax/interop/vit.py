@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from emoe_jax.config import require
+from emoe_jax.config import ViTConfig, require
 
 State = Mapping[str, np.ndarray]
+
+# What no weight shows, and what some would: each has one value that `EMoEViT` computes, which is
+# timm's default.
+_ONLY: dict[str, Any] = {
+    "act_layer": "gelu",
+    "norm_layer": "layernorm",
+    "block_fn": "Block",
+    "mlp_layer": "Mlp",
+    "attn_layer": "attn",
+    "embed_layer": "PatchEmbed",
+    "embed_norm_layer": "",
+    "pos_embed": "learn",
+    "pool_include_prefix": False,
+    "pre_norm": False,
+    "final_norm": True,
+    "scale_attn_norm": False,
+    "scale_mlp_norm": False,
+    "proj_bias": True,
+}
 
 FACTS = (
     "num_heads",
@@ -27,11 +46,18 @@ FACTS = (
     "class_token",
     "qk_norm",
     "qkv_bias",
-    "act_layer",
+    "mlp_ratio",
+    "init_values",
+    "fc_norm",
+    *_ONLY,
 )
-"""Shape facts of a Vision Transformer by timm's names. `num_heads` cannot be read off the weights,
+"""Facts of a Vision Transformer by timm's names. `num_heads` cannot be read off the weights;
 `img_size`, `global_pool` and `no_embed_class` not always; the others are checked against them.
-`act_layer` must be "gelu", the exact one, which is timm's default."""
+
+Some facts leave no trace in the weights: what is not told is taken for timm's default. So tell
+`global_pool` where it is neither the class token before a last norm nor the mean before it;
+`act_layer`, `block_fn`, `norm_layer` and `pool_include_prefix` are refused but for the default: the
+exact GELU, norms before attention and MLP, LayerNorm with 1e-6, a mean over patches alone."""
 
 _REFUSED = {
     "norm_pre.": "a norm before the blocks (pre_norm, as in CLIP)",
@@ -48,6 +74,9 @@ _REFUSED_IN_BLOCK = {
     "mlp.fc1_g.": "a gated MLP (SwiGLU)",
     "mlp.w12.": "a gated MLP (SwiGLU)",
     "mlp.w1.": "a gated MLP (SwiGLU)",
+    "attn.gate.": "gated attention",
+    "attn.lambda_": "differential attention",
+    "attn.sub_norm.": "differential attention",
     "mlp.norm.": "a norm inside the MLP (scale_mlp_norm)",
     "attn.norm.": "a norm inside attention (scale_attn_norm)",
     "attn.q_proj.": "separate queries, keys and values (EVA, BEiT)",
@@ -90,7 +119,10 @@ def refuse_variants(state: State) -> None:
         "patch_embed.proj.weight": "has no patch embedding",
         "patch_embed.proj.bias": "has no bias in the patch embedding (pre_norm, as in CLIP)",
         "blocks.0.norm1.weight": "has no norm before attention (post-norm blocks)",
+        "blocks.0.norm1.bias": "has norms without bias (RMSNorm)",
         "blocks.0.attn.proj.bias": "has no bias behind attention (proj_bias=False)",
+        "blocks.0.mlp.fc1.weight": "has no MLP of two matrices",
+        "blocks.0.mlp.fc2.weight": "has no MLP of two matrices",
     }
     for name, what in absent.items():
         require(
@@ -103,6 +135,37 @@ def refuse_variants(state: State) -> None:
         "the checkpoint has neither norm.weight nor fc_norm.weight (final_norm=False); EMoEViT has"
         " a last norm",
     )
+    _refuse_shapes(state)
+
+
+def _refuse_shapes(state: State) -> None:
+    """Raises `ValueError` for variants whose tensors have the usual names and other shapes."""
+    for name, axes in (("pos_embed", 3), ("patch_embed.proj.weight", 4)):
+        shape = state[name].shape
+        require(
+            len(shape) == axes,
+            f"{name} has shape {shape}, not {axes} axes as in timm's VisionTransformer",
+        )
+    up, down = (state[f"blocks.0.mlp.{name}.weight"].shape for name in ("fc1", "fc2"))
+    require(
+        up[:1] == down[1:],
+        f"the checkpoint has a gated MLP (SwiGLU, both maps in one matrix): blocks.0.mlp.fc1 gives"
+        f" {up[0]} features and blocks.0.mlp.fc2 takes {down[-1]}; EMoEViT has none",
+    )
+
+
+def refuse_facts(facts: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for facts that `EMoEViT` does not compute.
+
+    Args:
+        facts: see `FACTS`.
+    """
+    for name, only in _ONLY.items():
+        given = facts.get(name)
+        require(
+            given is None or given == only,
+            f"{name}={given!r} is not supported; EMoEViT computes {name}={only!r} alone",
+        )
 
 
 def settings(state: State, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,12 +180,8 @@ def settings(state: State, facts: Mapping[str, Any]) -> dict[str, Any]:
             weights.
     """
     refuse_variants(state)
-    activation = facts.get("act_layer", "gelu")
-    require(
-        activation == "gelu",
-        f"act_layer={activation!r} is not supported; EMoEViT computes the exact GELU",
-    )
-    size = _square(facts.get("img_size"))
+    refuse_facts(facts)
+    size = _square("img_size", facts.get("img_size"))
     D, channels, patch, other = state["patch_embed.proj.weight"].shape
     require(patch == other, f"patches of {patch} by {other} pixels are not square")
     depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
@@ -130,6 +189,12 @@ def settings(state: State, facts: Mapping[str, Any]) -> dict[str, Any]:
     class_token, distilled = "cls_token" in state, "dist_token" in state
     prefix = class_token + distilled + registers
     classes = state["head.weight"].shape[0] if "head.weight" in state else 0
+    require(
+        classes > 0 or not distilled,
+        "the checkpoint has a distillation token and no head: timm's model of it gives the mean of"
+        " two tokens' features, which EMoEViT does not compute; load it with its heads",
+    )
+    hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
     known = {
         "depth": depth,
         "num_classes": classes,
@@ -140,10 +205,11 @@ def settings(state: State, facts: Mapping[str, Any]) -> dict[str, Any]:
         "class_token": class_token,
         "qk_norm": "blocks.0.attn.q_norm.weight" in state,
         "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+        "fc_norm": "fc_norm.weight" in state,
+        "mlp_ratio": hidden,
+        "init_values": "blocks.0.ls1.gamma" in state,
     }
-    for name, found in known.items():
-        given = facts.get(name, found)
-        require(given == found, f"{name}={given}, but the checkpoint has {found}")
+    _compare(facts, known)
     grid, embed_prefix = _grid(state["pos_embed"].shape[1], prefix, patch, facts, size)
     return {
         "image_size": size or grid * patch,
@@ -153,26 +219,41 @@ def settings(state: State, facts: Mapping[str, Any]) -> dict[str, Any]:
         "width": D,
         "depth": depth,
         "heads": _heads(state, D, facts),
-        "mlp_hidden": state["blocks.0.mlp.fc1.weight"].shape[0],
+        "mlp_hidden": hidden,
         "pooling": _pooling(state, facts),
         "class_token": class_token,
         "distilled": distilled,
         "registers": registers,
         "embed_prefix": embed_prefix,
-        "norm_after_pooling": "fc_norm.weight" in state,
+        "norm_after_pooling": known["fc_norm"],
         # The initial value, which the checkpoint's replace.
-        "layer_scale": 1.0 if "blocks.0.ls1.gamma" in state else 0.0,
+        "layer_scale": 1.0 if known["init_values"] else 0.0,
         "qk_norm": known["qk_norm"],
         "qkv_bias": known["qkv_bias"],
     }
 
 
-def _square(size: Any) -> int:
-    """The side of images of `img_size`, a number or a pair; 0 for None."""
+def _compare(facts: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for a fact that the weights contradict; None is none."""
+    as_found: dict[str, Callable[[Any], Any]] = {
+        "patch_size": lambda size: _square("patch_size", size),
+        # As timm computes the hidden width of the MLP, and whether there is LayerScale.
+        "mlp_ratio": lambda ratio: int(known["embed_dim"] * ratio),
+        "init_values": bool,
+    }
+    for name, found in known.items():
+        given = facts.get(name)
+        told = given if given is None else as_found.get(name, lambda fact: fact)(given)
+        shown = given if told == given else f"{given} ({told})"
+        require(told in (None, found), f"{name}={shown}, but the checkpoint has {found}")
+
+
+def _square(name: str, size: Any) -> int:
+    """The side of images or patches, of a number or a pair; 0 for None."""
     sides = set(size) if isinstance(size, list | tuple) else {size or 0}
     require(
         len(sides) == 1 and all(isinstance(side, int) and side >= 0 for side in sides),
-        f"img_size={size} is no square of whole pixels, which EMoEViT takes",
+        f"{name}={size} is no square of whole pixels, which EMoEViT takes",
     )
     return int(sides.pop())
 
@@ -229,6 +310,30 @@ def _grid(
     likely = [embedded for embedded, side in found.items() if side * patch == size]
     embedded = [*likely, *sorted(found)][0]
     return found[embedded], embedded
+
+
+def fit_positions(positions: np.ndarray, config: ViTConfig) -> tuple[np.ndarray, list[str]]:
+    """Position embeddings of weights that a model starts from, resized where its images differ.
+
+    Args:
+        positions: [S,D], those of no patch first, of a model with as many of these as the new one.
+        config: of the new model.
+
+    Returns:
+        [S',D] for the new model (as they are if they are too few for any patch), and a note for the
+        user if they were resized.
+
+    Raises:
+        ValueError: the positions of patches are no square.
+    """
+    prefix, side = config.prefix * config.embed_prefix, config.image_size // config.patch
+    if positions.shape[0] <= prefix:
+        return positions, []
+    fitted = resize_positions(positions[None], prefix, side)[0]
+    if fitted.shape == positions.shape:
+        return positions, []
+    old = math.isqrt(positions.shape[0] - prefix)
+    return fitted, [f"positions are resized from {old} x {old} patches to {side} x {side}"]
 
 
 def resize_positions(positions: np.ndarray, prefix: int, side: int) -> np.ndarray:

@@ -15,7 +15,6 @@ from safetensors.numpy import save_file
 
 from emoe_jax import ViTConfig, interop, pure
 from emoe_jax.config import BasisConfig, MoEConfig
-from emoe_jax.interop.emoe import released_blocks
 from emoe_jax.models import EMoEViT
 from emoe_jax.moe import auxiliary_loss
 
@@ -166,18 +165,6 @@ def test_a_model_of_ours_exports_what_the_release_needs(top1):
     assert again.config.moe_blocks == (1, 3)
 
 
-def test_blocks_as_the_release_names_them():
-    assert released_blocks("all", 3) == (0, 1, 2)
-    assert released_blocks("last6", 8) == (2, 3, 4, 5, 6, 7)
-    assert released_blocks("last4", 3) == (0, 1, 2)
-    assert released_blocks("1, 3,9", 4) == (1, 3)
-    # As the command line's --set blocks=1,3 and --set blocks=1 give them.
-    assert released_blocks((1, 3), 4) == (1, 3)
-    assert released_blocks(1, 4) == (1,)
-    with pytest.raises(ValueError, match="blocks='first' must be 'all'"):
-        released_blocks("first", 4)
-
-
 def test_configuration_of_the_hub_is_read(top1, tmp_path):
     save_file(top1.state, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"there is no .*config.json"):
@@ -198,6 +185,34 @@ def test_configuration_of_the_hub_is_read(top1, tmp_path):
     assert (told.heads, told.moe.routing.temperature, told.moe.top_k) == (4, 0.25, 1)
 
 
+def test_a_configuration_beside_initial_weights_is_heeded(top1, tmp_path):
+    config = top1.model.config
+    _, params, _ = pure.abstract_split(lambda: EMoEViT(config, rngs=nnx.Rngs(0)))
+    save_file(top1.state, tmp_path / "model.safetensors")
+    args = {"num_heads": 4, "global_pool": "avg"}
+    for changes, words in (
+        ({}, None),
+        ({"num_heads": 2}, "tells num_heads=2, the model has heads=4, .* set model.heads=2"),
+        ({"act_layer": "relu"}, "act_layer='relu' is not supported"),
+    ):
+        tree = {"architecture": "vit_other", "model_args": args | changes}
+        (tmp_path / "config.json").write_text(json.dumps(tree))
+        if words is None:
+            taken, _ = interop.initial_params(tmp_path, config, params)
+            chex.assert_trees_all_equal_structs(taken, params)
+            continue
+        with pytest.raises(ValueError, match=words):
+            interop.initial_params(tmp_path, config, params)
+
+
+def test_what_was_exported_needs_no_configuration(case, tmp_path):
+    interop.write_safetensors(tmp_path / "model.safetensors", interop.export_emoe(case.model))
+    (tmp_path / "config.json").write_text(json.dumps(interop.describe(case.model)))
+    again = interop.load(tmp_path)
+    assert again.config == case.model.config
+    chex.assert_trees_all_equal(nnx.state(again), nnx.state(case.model))
+
+
 def without(state, *names):
     return {key: value for key, value in state.items() if key not in names}
 
@@ -207,6 +222,7 @@ def without(state, *names):
     [
         ({}, {"routermode": "top1"}, "unknown key 'routermode'; did you mean 'router_mode'"),
         ({}, {"router_mode": "top3"}, "router_mode='top3' is not known"),
+        ({}, {"act_layer": "relu"}, "act_layer='relu' is not supported"),
         ({}, {"depth": 4}, "depth=4, but the checkpoint has 3"),
         ({}, {"num_heads": 5}, "heads=5 does not divide width=32"),
         ({}, {"blocks": "0,1"}, r"unexpected: branches\.2\.alpha \(\)"),
@@ -269,6 +285,7 @@ def test_initial_params_take_what_fits(top1):
         top1.state["branches.1.router.masks"],
     )
     assert "branches.0.alpha is not used" in notes
+    assert "positions are resized from 4 x 4 patches to 6 x 6" in notes
     scaled = backbone | {"blocks.0.ls1.gamma": np.ones(32, np.float32)}
     with pytest.raises(ValueError, match=r"unexpected: vit.blocks.0.ls1.gamma \(32,\)"):
         interop.initial_params(scaled, other, params)

@@ -61,6 +61,12 @@ def plain():
         ("blocks.0.attn.norm.weight", "scale_attn_norm"),
         ("blocks.0.attn.relative_position_bias_table", "relative positions"),
         ("blocks.0.attns.0.qkv.weight", "parallel blocks"),
+        ("blocks.0.in_proj.weight", "parallel blocks"),
+        ("blocks.0.attn.gate.weight", "gated attention"),
+        ("blocks.0.attn.lambda_q1", "differential attention"),
+        ("blocks.0.attn.q_bias", "biases of queries and values alone"),
+        ("blocks.0.gamma_1", "BEiT"),
+        ("patch_embed.norm.weight", "embed_norm_layer"),
     ],
 )
 def test_other_variants_are_refused_by_name(plain, added, message):
@@ -74,6 +80,8 @@ def test_other_variants_are_refused_by_name(plain, added, message):
         ("pos_embed", "no learned positions"),
         ("patch_embed.proj.bias", "no bias in the patch embedding"),
         ("blocks.0.norm1.weight", "post-norm"),
+        ("blocks.0.norm1.bias", "RMSNorm"),
+        ("blocks.0.mlp.fc2.weight", "no MLP of two matrices"),
         ("blocks.0.attn.proj.bias", "proj_bias=False"),
         ("norm.weight", "final_norm=False"),
     ],
@@ -81,6 +89,34 @@ def test_other_variants_are_refused_by_name(plain, added, message):
 def test_missing_parts_are_refused_by_name(plain, removed, message):
     state = {key: value for key, value in plain.items() if key != removed}
     with pytest.raises(ValueError, match=message):
+        interop.load_vit(state, {"num_heads": 2})
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        # timm's SwiGLUPacked, as in DINOv2's giant: fc1 gives both halves of what fc2 takes.
+        ("blocks.0.mlp.fc2.weight", (16, 16), r"gated MLP .* gives 32 features and .* takes 16"),
+        ("pos_embed", (1, 2, 2, 16), r"pos_embed has shape \(1, 2, 2, 16\), not 3 axes"),
+        ("patch_embed.proj.weight", (16, 48), r"shape \(16, 48\), not 4 axes"),
+        ("patch_embed.proj.weight", (16, 3, 4, 2), "patches of 4 by 2 pixels are not square"),
+        ("pos_embed", (1, 7, 16), "7 positions less 1 for other tokens are no square"),
+    ],
+)
+def test_other_shapes_are_refused_by_name(plain, name, shape, message):
+    with pytest.raises(ValueError, match=message):
+        interop.load_vit(plain | {name: np.zeros(shape, np.float32)}, {"num_heads": 2})
+
+
+def test_integers_are_no_weights(plain):
+    packed = plain | {"norm.weight": np.ones(16, np.int8)}
+    with pytest.raises(ValueError, match=r"dtype: vit\.norm\.weight is int8, expected a floating"):
+        interop.load_vit(packed, {"num_heads": 2})
+
+
+def test_features_of_two_tokens_are_not_computed():
+    state = {key: value for key, value in read("distilled")[1].items() if "head" not in key}
+    with pytest.raises(ValueError, match=r"a distillation token and no head: .* of two tokens"):
         interop.load_vit(state, {"num_heads": 2})
 
 
@@ -94,11 +130,55 @@ def test_missing_parts_are_refused_by_name(plain, removed, message):
         ({"num_heads": 2, "act_layer": "gelu_tanh"}, "act_layer='gelu_tanh' is not supported"),
         ({"num_heads": 2, "img_size": (8, 12)}, r"img_size=\(8, 12\) is no square"),
         ({"num_heads": 2, "num_classes": 4}, "num_classes=4, but the checkpoint has 3"),
+        ({"num_heads": 2, "patch_size": [8, 8]}, r"patch_size=\[8, 8\] \(8\), but the checkpo"),
+        ({"num_heads": 2, "mlp_ratio": 4.0}, r"mlp_ratio=4.0 \(64\), but the checkpoint has 32"),
+        ({"num_heads": 2, "init_values": 0.1}, r"init_values=0.1 \(True\), but .* has False"),
+        ({"num_heads": 2, "fc_norm": True}, "fc_norm=True, but the checkpoint has False"),
+        ({"num_heads": 2, "global_pool": "avgmax"}, "global_pool='avgmax' is not supported"),
+        ({"num_heads": 2, "global_pool": ""}, "global_pool='' is not supported"),
+        ({"num_heads": 2, "block_fn": "ResPostBlock"}, "EMoEViT computes block_fn='Block' alone"),
+        ({"num_heads": 2, "pool_include_prefix": True}, "pool_include_prefix=True is not supp"),
+        ({"num_heads": 2, "pre_norm": True}, "pre_norm=True is not supported"),
     ],
 )
 def test_facts_are_checked(plain, config, message):
     with pytest.raises(ValueError, match=message):
         interop.load_vit(plain, config)
+
+
+def test_facts_that_say_the_same_as_the_weights_change_nothing(plain):
+    same = {"mlp_ratio": 2.0, "init_values": None, "fc_norm": False, "patch_size": (4, 4)}
+    same |= {"act_layer": "gelu", "pre_norm": False, "pos_embed": "learn", "norm_layer": None}
+    told = interop.load_vit(plain, {"num_heads": 2} | same)
+    assert told.config == interop.load_vit(plain, {"num_heads": 2}).config
+
+
+def test_timms_configuration_beside_the_file_is_read(plain, tmp_path):
+    interop.write_safetensors(tmp_path / "model.safetensors", plain)
+    with pytest.raises(ValueError, match=r"there is no .*config\.json; give"):
+        interop.load(tmp_path)
+    tree = {"architecture": "vit_large_patch4_8", "model_args": {"depth": 2, "drop_rate": 0.1}}
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    assert interop.load(tmp_path).config.heads == 16
+    # What is given goes before what is written there.
+    assert interop.load_vit(tmp_path, {"num_heads": 2}).config.heads == 2
+    for args, words in (
+        ({"depth": 3}, "depth=3, but the checkpoint has 2"),
+        ({"act_layer": "quick_gelu"}, "act_layer='quick_gelu' is not supported"),
+        ({"num_reg": 4}, "unknown key 'num_reg'"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(tree | {"model_args": args}))
+        with pytest.raises(ValueError, match=words):
+            interop.load(tmp_path)
+
+
+def test_weights_cannot_tell_a_norm_behind_the_block_but_their_name_does(tmp_path):
+    state = read("mean_fc_norm")[1]
+    interop.write_safetensors(tmp_path / "model.safetensors", state)
+    tree = {"architecture": "vit_base_patch16_rpn_224", "model_args": {"num_heads": 2}}
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    with pytest.raises(ValueError, match="block_fn='ResPostBlock' is not supported"):
+        interop.load(tmp_path)
 
 
 def test_image_sizes_may_be_pairs(plain):

@@ -12,13 +12,14 @@ from flax import nnx
 
 from emoe_jax import interop, sharding
 from emoe_jax.checkpoint import Checkpoints
+from emoe_jax.config import ViTConfig
 from emoe_jax.models import EMoEViT
 from tests.train.tiny import lm_tree, mesh_of_one, vit_tree
 from train import loop
 from train.config import freeze, to_json
-from train.initial import by_block, initial_params, matching, place_params
+from train.initial import by_block, initial_params, matching, place_params, with_positions
 from train.loop import train
-from train.run import build, load_trained, save_model
+from train.run import build, load_model, load_trained, save_model
 
 BACKBONE = {"patch": 4, "width": 8, "depth": 2, "heads": 2, "mlp_hidden": 8, "pooling": "class"}
 PLAIN = BACKBONE | {"moe_every": 0}
@@ -42,7 +43,7 @@ def backbone(tmp_path_factory):
         patch.setattr(sharding, "make_mesh", mesh_of_one)
         state = build(freeze(vit_tree(model=PLAIN)), folder).init()
     with Checkpoints(folder / "checkpoints", every=1) as checkpoints:
-        checkpoints.save(7, state, data_state=b"", meta={}, force=True)
+        checkpoints.save(7, state, data_state={}, meta={}, force=True)
     return folder
 
 
@@ -190,6 +191,26 @@ def test_weights_are_put_where_those_drawn_were(tmp_path):
     assert placed["head"]["kernel"] is drawn["head"]["kernel"]
 
 
+def test_a_drawn_array_is_gone_before_its_place_is_taken(tmp_path, one_device, monkeypatch):
+    run = build(freeze(adapter("weights")), tmp_path)
+    drawn = zeros(run)
+    taken = {"position": np.ones((5, 8)), "class_token": np.ones((1, 8))}
+    put, alive = jax.device_put, []
+
+    def watched(value, where):
+        alive.append([name for name in taken if not drawn[name].is_deleted()])
+        return put(value, where)
+
+    monkeypatch.setattr(jax, "device_put", watched)
+    placed = place_params(drawn, taken)
+    # Two arrays, one after the other, and never with the one that they replace.
+    assert alive == [["class_token"], []]
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(placed))
+    gone = [path for path, leaf in jax.tree_util.tree_leaves_with_path(drawn) if leaf.is_deleted()]
+    assert {path[0].key for path in gone} == taken.keys()
+    np.testing.assert_array_equal(placed["position"], taken["position"])
+
+
 # ------------------------------------------------------------------------------------- from a file
 
 
@@ -212,9 +233,46 @@ def test_a_released_file_is_read_and_its_bases_made_orthonormal(tmp_path, one_de
 
 
 def test_frozen_parameters_must_come_from_the_source(backbone, tmp_path, one_device, monkeypatch):
-    words = "gives nothing, or other shapes, for .* optim.trainable leaves out: position; train"
-    data = {"image_size": 16, "resize": True}
-    refused(adapter(backbone, data=data), tmp_path, ValueError, words, monkeypatch)
+    words = "gives nothing, or other shapes, for .* optim.trainable leaves out: blocks/groups/0/mlp"
+    other = adapter(backbone, model=ADAPTER | {"mlp_hidden": 12})
+    refused(other, tmp_path, ValueError, words, monkeypatch)
+
+
+# ------------------------------------------------------------------------------- other image sizes
+
+
+def test_positions_are_resized_alike_from_a_run_and_from_a_file(backbone, tmp_path, one_device):
+    interop.write_safetensors(
+        tmp_path / "vit.safetensors", interop.export_vit(load_model(backbone))
+    )
+    keys = {"data": {"image_size": 16, "resize": True}, "moe": EXPERTS | {"activation": "gelu"}}
+    ours, theirs = (
+        initial_params(build(freeze(adapter(source, **keys)), tmp_path))
+        for source in (backbone, tmp_path / "vit.safetensors")
+    )
+    # 2 x 2 patches and the class token there, 4 x 4 and the token here.
+    assert ours[0]["position"].shape == (1 + 16, 8)
+    for _, notes in (ours, theirs):
+        assert "positions are resized from 2 x 2 patches to 4 x 4" in notes
+    chex.assert_trees_all_equal(ours[0], theirs[0])
+    source = load_model(backbone).position[...]
+    np.testing.assert_array_equal(ours[0]["position"][0], source[0])
+    # The corners keep most of their patch; the mean of all stays.
+    np.testing.assert_allclose(ours[0]["position"][1:].mean(0), source[1:].mean(0), atol=1e-6)
+    assert np.abs(ours[0]["position"][1] - source[1]).max() < np.ptp(source[1:])
+
+
+def test_positions_of_other_tokens_are_not_taken_for_patches():
+    # Nine positions: of 3 x 3 patches there; of a class token, four registers and 2 x 2 here.
+    there = ViTConfig(image_size=12, patch=4, width=8, heads=2)
+    here = dataclasses.replace(there, image_size=8, pooling="class", registers=4)
+    source = {"position": np.ones((9, 8)), "registers": np.ones((4, 8))}
+    left, (note,) = with_positions(source, there, here)
+    assert left.keys() == {"registers"}
+    assert note == "positions start anew: 5 of them belong to no patch here, 0 there"
+    same, notes = with_positions(source, there, there)
+    assert notes == []
+    np.testing.assert_array_equal(same["position"], source["position"])
 
 
 # -------------------------------------------------------------------------------- what is refused

@@ -1,6 +1,5 @@
 """The training step: what it computes does not depend on microbatches, mesh or padding."""
 
-import dataclasses
 import functools
 
 import chex
@@ -8,103 +7,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import serialization
 
 from emoe_jax import basis as bases
-from emoe_jax import pure, sharding
+from emoe_jax import sharding
 from emoe_jax.config import BASIS_METHODS
-from emoe_jax.optim import make_optimizer, partition
-from tests.train.tiny import lm_tree, mesh_of_one, vit_tree
+from tests.train.tiny import vit_tree
+from tests.train.trainer import (
+    EIGEN,
+    FAST_COMPILE,
+    OPTIM,
+    B,
+    S,
+    Trainer,
+    image_batch,
+    small_tree,
+    text_batch,
+)
 from train.config import freeze
-from train.run import model_maker
-from train.step import make_steps, microbatches
-
-B, S, N = 8, 16, 258
-# A quarter of the time to compile; the programs are too small for their own speed to matter.
-FAST_COMPILE: dict[str, bool | int] = {"xla_backend_optimization_level": 0}
-if jax.__version_info__ < (0, 11):  # later compilers do not know it
-    FAST_COMPILE["xla_cpu_use_fusion_emitters"] = False
-
-EIGEN = {"router": "eigen", "basis": {"rank": 8}}
-# Adam divides by the root of the second moment: a gradient that is zero but for rounding would
-# move its weight by the full learning rate. A large eps makes steps as smooth as the gradients.
-OPTIM = {"learning_rate": 1e-2, "warmup": 0, "eps": 1e-2, "clip": 1e6, "b1": 0.5}
-
-
-@functools.cache
-def fresh(config):
-    """A new training state, on the host."""
-    optimizer = make_optimizer(config.optim, config.steps, config.model.moe.basis.method)
-
-    def init():
-        params, router = pure.initializer(model_maker(config.model, config.seed))()
-        trained, _ = partition(params, config.optim.trainable)
-        opt = serialization.to_state_dict(optimizer.init(trained))
-        return {"step": jnp.zeros((), jnp.int32), "params": params, "router": router, "opt": opt}
-
-    return jax.device_get(jax.jit(init, compiler_options=FAST_COMPILE)())
-
-
-class Trainer:
-    """An experiment's step, compiled for a mesh."""
-
-    def __init__(self, tree, mesh=None):
-        config = freeze(tree)
-        optimizer = make_optimizer(config.optim, config.steps, config.model.moe.basis.method)
-        self.model, params, _ = pure.abstract_split(model_maker(config.model, config.seed))
-        trained, _ = partition(params, config.optim.trainable)
-        opt_state = jax.eval_shape(optimizer.init, trained)
-        self.steps = make_steps(config, self.model, optimizer, opt_state)
-        self.mesh = mesh_of_one(config.mesh) if mesh is None else mesh
-        plain = dataclasses.replace(config, accumulate=1, mesh=sharding.MeshConfig())
-        self.fresh = fresh(plain)
-        self.places = sharding.shardings(self.mesh, self.fresh)
-        self.train = jax.jit(
-            self.steps.train,
-            donate_argnums=0,
-            out_shardings=(self.places, None),
-            compiler_options=FAST_COMPILE,
-        )
-
-    def start(self):
-        return jax.device_put(self.fresh, self.places)
-
-    def run(self, batches):
-        state, history = self.start(), []
-        where = sharding.batch_sharding(self.mesh)
-        for batch in batches:
-            state, metrics = self.train(state, jax.device_put(batch, where), jax.random.key(0))
-            history.append(jax.device_get(metrics))
-        return jax.device_get(state), history
-
-
-def text_batch(seed=0):
-    """Two documents a row and a few positions of padding."""
-    draw = np.random.default_rng(seed)
-    tokens, targets = draw.integers(0, N, (2, B, S)).astype(np.int32)
-    segments = np.broadcast_to(np.repeat([1, 2, 0], [7, 6, 3]), (B, S)).astype(np.int32)
-    positions = np.broadcast_to(np.r_[0:7, 0:6, 0:3], (B, S)).astype(np.int32)
-    rows = np.arange(B, dtype=np.int32)
-    return {
-        "tokens": tokens,
-        "targets": targets,
-        "segments": segments,
-        "positions": positions,
-        "rows": rows,
-    }
-
-
-def image_batch(seed=0):
-    draw = np.random.default_rng(seed)
-    labels = np.eye(10, dtype=np.float32)[draw.integers(0, 10, B)]
-    images = draw.normal(size=(B, 8, 8, 1)).astype(np.float32)
-    return {"images": images, "labels": labels, "rows": np.arange(B, dtype=np.int32)}
-
-
-def small_tree(moe, **changes):
-    changes = {"optim": OPTIM, "data": {"sequence_length": S}} | changes
-    changes["model"] = {"depth": 1, "loss_chunk": 64} | changes.get("model", {})
-    return lm_tree(moe=moe, **changes)
+from train.step import microbatches
 
 
 @functools.cache
@@ -290,99 +210,3 @@ def test_evaluation_counts_only_what_is_scored():
     assert float(some["sums"]["loss"]) == pytest.approx(losses[scored].sum(), rel=1e-5)
     # Context that is not scored is still routed, and counted; padding is not.
     assert float(some["aux"]["0"].stats["tokens"][0]) == B * 13
-
-
-# ------------------------------------------------------------------------------------ frozen parts
-
-BRANCHES = ("moe", "alpha", "head")
-
-
-def adapter(trainable, **changes):
-    """A Vision Transformer with an eigenbasis adapter, of which parts are trained.
-
-    Not behind the last block: there the class token would not see the patches any more.
-    """
-    model = {"patch": 4, "width": 16, "depth": 2, "heads": 2, "mlp_hidden": 16, "moe_blocks": (0,)}
-    tree = {
-        "model": model | {"pooling": "class", "moe_form": "adapter"},
-        "moe": EIGEN | {"experts": 4, "hidden": 8, "dispatch": "dense"},
-        "optim": OPTIM | {"trainable": trainable},
-    }
-    return Trainer(vit_tree(**tree | changes))
-
-
-def test_frozen_parameters_keep_their_bits_and_have_no_moments():
-    own = adapter(BRANCHES, accumulate=2)
-    state, history = own.run([image_batch(i) for i in range(3)])
-    trained, frozen = partition(state["params"], BRANCHES)
-    before, same = partition(own.fresh["params"], BRANCHES)
-    chex.assert_trees_all_equal(frozen, same)
-    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), trained, before)
-    assert min(jax.tree.leaves(moved)) > 0
-    moments = state["opt"]["1"]["0"]
-    chex.assert_trees_all_equal_shapes(moments["mu"], trained)
-    chex.assert_trees_all_equal_shapes(moments["nu"], trained)
-    counts = len(jax.tree.leaves(state["opt"])) - 2 * len(jax.tree.leaves(trained))
-    assert counts == 2
-    assert history[0]["router"]["0"]["orthonormality_error"].max() < 1e-5
-
-
-def test_trained_parameters_have_the_gradients_of_the_whole():
-    batch = image_batch()
-    some, _ = adapter(BRANCHES).run([batch])
-    every, history = adapter(()).run([batch])
-    moments = every["opt"]["1"]["0"]["mu"]
-    wanted, _ = partition(moments, BRANCHES)
-    chex.assert_trees_all_close(some["opt"]["1"]["0"]["mu"], wanted, rtol=1e-4, atol=1e-8)
-    # b1 = 0.5: the first moment is half of the gradient.
-    total = sum(float(np.sum(np.square(2 * leaf))) for leaf in jax.tree.leaves(moments))
-    assert float(history[0]["grad_norm"]) == pytest.approx(total**0.5, rel=1e-4)
-
-
-def traced(own):
-    batch = image_batch()
-    state = jax.eval_shape(lambda: own.fresh)
-    step = jax.make_jaxpr(own.steps.train, return_shape=True)
-    jaxpr, _ = step(state, batch, jax.random.key(0))
-    forward = jax.make_jaxpr(own.steps.evaluate)
-    return jaxpr, forward(state["params"], state["router"], batch, jax.random.key(0)), state
-
-
-def test_no_gradient_is_computed_for_what_is_frozen():
-    whole, head = traced(adapter(())), traced(adapter(("head",)))
-    # Beyond the forward pass: the gradient of the head's kernel.
-    assert str(head[0]).count("dot_general") == str(head[1]).count("dot_general") + 1
-    assert str(whole[0]).count("dot_general") > 2 * str(whole[1]).count("dot_general")
-    # The step hands the frozen arrays on, untouched.
-    jaxpr, _, state = head
-    frozen = {
-        jax.tree_util.keystr(path)
-        for path, _ in jax.tree_util.tree_leaves_with_path({"params": state["params"]})
-        if "head" not in jax.tree_util.keystr(path)
-    }
-    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
-    outputs = dict(zip(paths, jaxpr.jaxpr.outvars, strict=False))
-    inputs = dict(zip(paths, jaxpr.jaxpr.invars, strict=False))
-    assert len(frozen) > 20
-    assert all(outputs[path] is inputs[path] for path in frozen)
-
-
-def test_a_frozen_basis_is_orthonormal_in_the_pass_and_as_it_was_in_the_state():
-    own = adapter(("head",))
-    own.fresh = jax.tree.map(np.copy, own.fresh)
-    router = own.fresh["params"]["blocks"]["groups"]["0"]["moe"]["router"]
-    router["basis"] *= 2
-    state, history = own.run([image_batch()])
-    after = state["params"]["blocks"]["groups"]["0"]["moe"]["router"]
-    assert history[0]["router"]["0"]["orthonormality_error"].max() < 1e-5
-    np.testing.assert_array_equal(after["basis"], router["basis"])
-
-
-def test_a_part_of_blocks_that_are_scanned_is_trained():
-    own = Trainer(small_tree(EIGEN, model={"depth": 2}, optim=OPTIM | {"trainable": ("experts",)}))
-    state, _ = own.run([text_batch()])
-    trained, frozen = partition(state["params"], ("experts",))
-    before, same = partition(own.fresh["params"], ("experts",))
-    chex.assert_trees_all_equal(frozen, same)
-    assert trained["blocks"]["groups"]["0"]["moe"]["experts"]["w_up"].shape[0] == 2
-    assert not np.array_equal(*[jax.tree.leaves(tree)[0] for tree in (trained, before)])
