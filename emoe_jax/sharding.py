@@ -112,6 +112,32 @@ def ambient_mesh() -> AbstractMesh | None:
     return mesh if ours and not mesh.manual_axes else None
 
 
+def split_batch(x: jax.Array) -> jax.Array:
+    """Keeps the first dimension [B,...] over all batch axes of the ambient mesh.
+
+    Left alone, the partitioner may spread activations as the weights lie, and move them whole.
+    Where B does not divide, or without a mesh, nothing is asked for.
+    """
+    mesh = ambient_mesh()
+    if mesh is None or x.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH_AXES):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+
+
+def gathered(leaf: jax.Array, *names: str) -> jax.Array:
+    """A parameter gathered over `fsdp` for its use, by the last names on its path.
+
+    Left alone, the partitioner may cut the other operand along the same dimension instead, and sum
+    products as large as the batch.
+    """
+    mesh = ambient_mesh()
+    if mesh is None:
+        return leaf
+    where = spec(tuple(jax.tree_util.DictKey(name) for name in names), leaf.ndim)
+    kept = PartitionSpec(*(None if axis == RULES["embed"] else axis for axis in where))
+    return jax.lax.with_sharding_constraint(leaf, kept)
+
+
 def in_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, traced in the context of a mesh; see `ambient_mesh`."""
 

@@ -23,6 +23,7 @@ from emoe_jax.config import ViTConfig
 from emoe_jax.models import EMoEViT
 from emoe_jax.moe import MoE
 from emoe_jax.optim import make_optimizer, partition
+from emoe_jax.sharding import make_mesh
 from train.config import ExperimentConfig, freeze
 from train.step import make_steps
 from train.timing import Row, Step, interleave, milliseconds
@@ -106,7 +107,9 @@ def vit_programs(experiment: ExperimentConfig, images: int) -> dict[str, Step]:
         "labels": jax.nn.one_hot(jnp.arange(images) % config.classes, config.classes),
         "rows": jnp.arange(images, dtype=jnp.int32),
     }
-    steps = make_steps(experiment, model, optimizer, jax.eval_shape(optimizer.init, trained))
+    mesh = make_mesh(experiment.mesh, jax.devices()[:1])
+    opt_state = jax.eval_shape(optimizer.init, trained)
+    steps = make_steps(experiment, mesh, model, optimizer, opt_state)
 
     def forward(state: dict[str, Any], batch: dict[str, Array]) -> Array:
         logits: Array = model.bind(state["params"], state["router"])(batch["images"])[0]

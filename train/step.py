@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import serialization
+from jax.sharding import Mesh
 
 from emoe_jax.basis import prepare_bases
 from emoe_jax.losses import cross_entropy
@@ -21,6 +22,7 @@ from emoe_jax.models.stack import update_router_state
 from emoe_jax.moe import Aux, auxiliary_loss
 from emoe_jax.optim import global_norm, merge, partition, schedule
 from emoe_jax.pure import Pure
+from emoe_jax.sharding import in_mesh
 from train.config import ExperimentConfig
 
 Array = jax.Array
@@ -42,12 +44,17 @@ class Steps(NamedTuple):
 
 
 def make_steps(
-    config: ExperimentConfig, pure: Pure, optimizer: optax.GradientTransformation, opt_state: Any
+    config: ExperimentConfig,
+    mesh: Mesh,
+    pure: Pure,
+    optimizer: optax.GradientTransformation,
+    opt_state: Any,
 ) -> Steps:
     """The steps of an experiment.
 
     Args:
         config: the experiment.
+        mesh: the devices; experts exchange tokens over its axis `expert`.
         pure: the model without its arrays.
         optimizer: the optimizer.
         opt_state: its abstract state for the trained parameters, whose structure the dicts of the
@@ -109,7 +116,7 @@ def make_steps(
         sums, aux = forward(model, batch, key)
         return {"sums": sums | {"count": jnp.sum(_weights(batch))}, "aux": aux}
 
-    return Steps(train_step, evaluate_step)
+    return Steps(in_mesh(mesh, train_step), in_mesh(mesh, evaluate_step))
 
 
 def _weights(batch: Batch) -> Array:

@@ -15,6 +15,7 @@ from emoe_jax.losses import chunked_cross_entropy
 from emoe_jax.models.stack import Stack
 from emoe_jax.moe import Aux
 from emoe_jax.routers import router_class
+from emoe_jax.sharding import gathered, split_batch
 
 Array = jax.Array
 Tree = Any
@@ -98,7 +99,7 @@ class EMoELM(nnx.Module):
             rows = jnp.arange(B, dtype=jnp.int32)
         x = self._embed(tokens)
         x, aux = self.blocks(x, positions, segments, tokens, rows, key)
-        return self.norm(x), aux
+        return self.norm(split_batch(x)), aux
 
     def logits(self, hidden: Array) -> Array:
         """Logits [...,N] float32 of hidden states [...,D]."""
@@ -149,10 +150,11 @@ class EMoELM(nnx.Module):
         return self.logits(self.norm(x)), cache
 
     def _embed(self, tokens: Array) -> Array:
-        x = self.embedding[...][tokens]
+        x = gathered(self.embedding[...], "embedding")[tokens]
         if self.config.tie_head:
             x = x * math.sqrt(self.config.width)
         return x.astype(self.config.dtype)
 
     def _head(self) -> Array:
-        return self.embedding[...] if self.config.tie_head else self.head[...]
+        name = "embedding" if self.config.tie_head else "head"
+        return gathered(getattr(self, name)[...], name)

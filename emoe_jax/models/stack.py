@@ -19,6 +19,7 @@ from emoe_jax.config import LMConfig, MoEConfig, ViTConfig, moe_layers
 from emoe_jax.layers import MLP, Attention, LayerNorm, RMSNorm
 from emoe_jax.moe import Aux, MoE
 from emoe_jax.routers import router_class
+from emoe_jax.sharding import split_batch
 
 Array = jax.Array
 Tree = Any
@@ -76,6 +77,7 @@ class Block(nnx.Module):
         self, x: Array, positions: Array, segments: Array, extra: dict[str, Any]
     ) -> tuple[Array, Aux | None]:
         """Maps x [B,S,D] to its successor; `extra` holds what the experts are given besides."""
+        x = split_batch(x)
         visible = segments if self.packed else None
         mixed = self.attention(self.norm_attention(x), positions, visible)
         return self._mix(x + self._scaled(mixed, "scale_attention"), segments > 0, extra)

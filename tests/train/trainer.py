@@ -54,8 +54,8 @@ class Trainer:
         self.model, params, _ = pure.abstract_split(model_maker(config.model, config.seed))
         trained, _ = partition(params, config.optim.trainable)
         opt_state = jax.eval_shape(optimizer.init, trained)
-        self.steps = make_steps(config, self.model, optimizer, opt_state)
         self.mesh = mesh_of_one(config.mesh) if mesh is None else mesh
+        self.steps = make_steps(config, self.mesh, self.model, optimizer, opt_state)
         plain = dataclasses.replace(config, accumulate=1, mesh=sharding.MeshConfig())
         self.fresh = fresh(plain)
         self.places = sharding.shardings(self.mesh, self.fresh)
