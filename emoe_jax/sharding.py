@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from emoe_jax.config import require
@@ -98,7 +99,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         f" divides {len(devices)}",
     )
     shape = (data, config.fsdp, config.expert, config.tensor)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    # Any shape that multiplies to the devices will do: a TPU's physical axis may hold several.
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def ambient_mesh() -> AbstractMesh | None:

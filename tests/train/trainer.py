@@ -48,7 +48,12 @@ def fresh(config: ExperimentConfig) -> Any:
 class Trainer:
     """An experiment's step, compiled for a mesh."""
 
-    def __init__(self, tree: config_dict.ConfigDict, mesh: Mesh | None = None) -> None:
+    def __init__(
+        self,
+        tree: config_dict.ConfigDict,
+        mesh: Mesh | None = None,
+        compiler_options: dict[str, bool | int] = FAST_COMPILE,
+    ) -> None:
         config = freeze(tree)
         optimizer = make_optimizer(config.optim, config.steps, config.model.moe.basis.method)
         self.model, params, _ = pure.abstract_split(model_maker(config.model, config.seed))
@@ -63,7 +68,7 @@ class Trainer:
             self.steps.train,
             donate_argnums=0,
             out_shardings=(self.places, None),
-            compiler_options=FAST_COMPILE,
+            compiler_options=compiler_options,
         )
 
     def start(self) -> Any:

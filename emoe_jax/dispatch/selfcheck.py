@@ -1,0 +1,103 @@
+"""A trial of an exchange on the devices at hand, before anything is trusted to it.
+
+Kernels of `ragged_all_to_all` have been reported to crash and to corrupt rows on GPU (openxla/xla
+issue 47283), which no later number would show.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from emoe_jax.config import MoEConfig
+from emoe_jax.dispatch.exchange import exchange
+from emoe_jax.sharding import BATCH_AXES, in_mesh, spec
+
+Array = jax.Array
+
+WIDTH = 128
+"""D of the trial: a row is 512 bytes."""
+
+TOLERANCE = 1e-5
+"""Of the largest magnitude; the trial's products are float32."""
+
+
+def check_exchange(config: MoEConfig, mesh: Mesh) -> None:
+    """Compares an exchange with gathering all tokens: outputs and gradients of a small layer.
+
+    Loads are uneven, and the room is small enough for a second round.
+
+    Args:
+        config: of the layer; its exchange, chunks, E and K are tried.
+        mesh: the devices.
+
+    Raises:
+        RuntimeError: the results differ.
+    """
+    trial = dataclasses.replace(config, buffer_factor=0.75, on_overflow="exact")
+    oracle = dataclasses.replace(config, exchange="all_gather")
+    arguments = _arguments(config, mesh)
+    results = [jax.device_get(_run(each, mesh, arguments)) for each in (trial, oracle)]
+    gaps = jax.tree.map(_gap, *results)
+    worst = max(jax.tree.leaves(gaps))
+    # Written so that NaN fails.
+    if worst <= TOLERANCE:
+        return
+    raise RuntimeError(
+        f"moe.exchange={config.exchange!r} gives wrong numbers on these devices"
+        f" ({jax.devices()[0].device_kind}): a trial differs from gathering all tokens by"
+        f" {worst:.2g} of the largest magnitude, where {TOLERANCE} is allowed; set moe.exchange to"
+        " 'all_to_all'"
+    )
+
+
+def _arguments(config: MoEConfig, mesh: Mesh) -> tuple[Array, ...]:
+    """Tokens, experts, gates, and one matrix an expert, on the mesh."""
+    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    T, E, K = 16 * shards * config.exchange_chunks, config.experts, config.top_k
+    rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    held = NamedSharding(mesh, spec((jax.tree_util.DictKey("w_down"),), 3))
+
+    def draw() -> tuple[Array, ...]:
+        keys = jax.random.split(jax.random.key(0), 4)
+        # Squared: the first experts get most.
+        scores = jnp.square(jax.random.uniform(keys[1], (T, E))) - jnp.arange(E) / E
+        return (
+            jax.random.normal(keys[0], (T, WIDTH)),
+            jax.lax.top_k(scores, K)[1].astype(jnp.int32),
+            jax.random.uniform(keys[2], (T, K)),
+            jax.random.normal(keys[3], (E, WIDTH, WIDTH)) / WIDTH**0.5,
+        )
+
+    return jax.jit(draw, out_shardings=(rows, rows, rows, held))()
+
+
+def _run(config: MoEConfig, mesh: Mesh, arguments: tuple[Array, ...]) -> Any:
+    """Outputs, and gradients of tokens, gates and matrices."""
+
+    def apply(weights: dict[str, Array], rows: Array, sizes: Array) -> Array:
+        products = jnp.einsum("md,edf->emf", rows, weights["w_down"], precision="highest")
+        ends = jnp.cumsum(sizes)
+        expert = jnp.searchsorted(ends, jnp.arange(rows.shape[0]), side="right")
+        of = jax.nn.one_hot(expert, weights["w_down"].shape[0], axis=0)
+        return jnp.einsum("emf,em->mf", products, of)
+
+    def loss(tokens: Array, gates: Array, matrices: Array, experts: Array) -> Any:
+        weights = {"w_down": matrices}
+        mesh_here = mesh.abstract_mesh
+        out = exchange(tokens, experts, gates, weights, apply, config, mesh_here).out
+        return jnp.sum(jnp.square(out)), out
+
+    tokens, experts, gates, matrices = arguments
+    graded = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
+    (_, out), gradients = jax.jit(in_mesh(mesh, graded))(tokens, gates, matrices, experts)
+    return out, gradients
+
+
+def _gap(actual: Array, expected: Array) -> float:
+    return float(abs(actual - expected).max() / abs(expected).max())
