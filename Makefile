@@ -8,7 +8,7 @@ CONFIG ?= configs/lm_sotu.py
 WORKDIR ?= runs/$(basename $(notdir $(CONFIG)))
 ARGS ?=
 
-.PHONY: train test lint clean
+.PHONY: train test soak lint clean
 
 train: $(VENV)/.train
 	$(BIN)/python -m train --config=$(CONFIG) --workdir=$(WORKDIR) $(ARGS)
@@ -16,10 +16,15 @@ train: $(VENV)/.train
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
 
+# Full products where the tests take pairwise covers: hours. ARGS="-k expert8" takes a part.
+soak: $(VENV)/.test
+	EMOE_TEST_DEVICES=16 $(BIN)/python -m pytest -q -n 2 -m soak $(ARGS)
+
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck launch/*.sh launch/*.sbatch .ci/run
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,10 +1,10 @@
 """Language model of pod size on C4: 16 blocks, 64 experts, top-8.
 
 About 6.9 billion parameters, 1.2 billion of them active per token (the shape of OLMoE,
-arXiv 2409.02060). Data: tensorflow-datasets `c4/en`. Hardware: a TPU v5p-128,
-which has several hosts; the program cannot start on several hosts yet. Time and result: not run.
+arXiv 2409.02060). Data: tensorflow-datasets `c4/en`. Hardware: a TPU v5p-128, 16 hosts of 4 chips,
+see launch/tpu_pod.sh and launch/gke_jobset.yaml. Time and result: not run.
 
-    python -m train --config=configs/lm_c4.py --workdir=runs/lm_c4
+    python -m train --config=configs/lm_c4.py --workdir=/mnt/share/runs/lm_c4
 """
 
 from ml_collections import ConfigDict
@@ -40,6 +40,7 @@ def get_config() -> ConfigDict:
             "tokenizer": "bpe",
             "vocab_size": 50_304,
             "sequence_length": 4096,
+            "shards": 64,
         },
         mesh={"fsdp": 8, "expert": 8},
         optim={"learning_rate": 4e-4, "warmup": 2000, "final": 0.1},

@@ -36,6 +36,7 @@ def get_config() -> ConfigDict:
             "crop_padding": 28,
             "flip": True,
             "mixup": 0.2,
+            "shards": 16,
         },
         optim={"learning_rate": 1e-3, "warmup": 10_000, "final": 0.01},
         checkpoint={"every": 5000},

@@ -7,6 +7,10 @@ are stored: `state`, the arrays, and `run`, one JSON object with the data positi
 `meta` and a digest of every array. Orbax keeps no checksum of array data; the digests make a
 damaged disk an error and not a silently different model.
 
+Nothing in a checkpoint depends on the number of processes: digests are of whole arrays (each
+process adds up the elements that it holds, see `manifest.digest`), and the data position is that of
+the run. Each process checks what it has read, and damage that one of them finds is an error on all.
+
 A train state is a plain nested dict of `jax.Array`. Tuples, lists, None and objects such as optax
 states are refused: the caller turns them into dicts, so that no library's classes are needed to
 read a checkpoint. Keys are non-empty strings without "." or "/", which join names on the disk and
@@ -15,7 +19,6 @@ in messages. Empty dicts are allowed and not compared.
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import os
@@ -26,12 +29,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from emoe_jax.manifest import check_array, check_spec, describe, digests, flatten, nest
+from emoe_jax.multihost import gather_texts
 
 Tree = dict[str, Any]
 
@@ -53,12 +55,12 @@ class Restored:
 
     Attributes:
         train_state: nested dict of arrays on the shardings that were asked for.
-        data_state: this process's data position; None after a partial restore.
+        data_state: the data position that was saved, of all shards; None after a partial restore.
         meta: the JSON object given to `Checkpoints.save`.
     """
 
     train_state: Tree
-    data_state: bytes | None
+    data_state: dict[str, Any] | None
     meta: Tree
 
 
@@ -130,7 +132,7 @@ class Checkpoints:
         step: int,
         train_state: Tree,
         *,
-        data_state: bytes,
+        data_state: Mapping[str, Any],
         meta: Tree,
         metrics: Mapping[str, float] | None = None,
         force: bool = False,
@@ -144,7 +146,9 @@ class Checkpoints:
         Args:
             step: optimizer steps done so far.
             train_state: nested dict of `jax.Array`; see the module's docstring.
-            data_state: this process's data position. Each process stores and gets back its own.
+            data_state: the data position, a JSON value for each shard of the data by its name. A
+                process gives the shards that it reads; all gets back who restores. Processes that
+                read the same shard are at the same position in it.
             meta: any JSON object (NaN and infinity are refused; tuples come back as lists).
             metrics: scalars that belong to the step. Non-finite ones are left out, so a run that
                 diverged is never the best.
@@ -154,7 +158,8 @@ class Checkpoints:
             Whether a save was started. False when none is due or `step` is the latest already.
 
         Raises:
-            ValueError: the tree or `meta` cannot be stored, or `step` lies before the latest.
+            ValueError: the tree, `data_state` or `meta` cannot be stored, `step` lies before the
+                latest, or processes are at different positions in a shard.
             CheckpointError: this save, or an earlier one in the background, failed.
         """
         if self._read_only:
@@ -170,11 +175,11 @@ class Checkpoints:
         if step == latest or not (force or self._manager.should_save(step)):
             return False
         arrays = flatten(train_state, check_array)
-        try:
-            json.dumps(meta, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"meta must be a JSON object: {error}.") from error
-        run = {"meta": meta, "data_state": _gather(data_state), "digests": digests(arrays)}
+        # What the processes tell each other below must not run beside the step that makes these:
+        # on CPU, two programs of several processes may wait for each other forever.
+        jax.block_until_ready(arrays)
+        _json("meta", meta)
+        run = {"meta": meta, "data_state": _whole(data_state), "digests": digests(arrays)}
         finite = {k: float(v) for k, v in (metrics or {}).items() if math.isfinite(v)}
         items = {_STATE: ocp.args.PyTreeSave(nest(arrays)), _RUN: ocp.args.JsonSave(run)}
         try:
@@ -225,15 +230,13 @@ class Checkpoints:
             ValueError: `abstract` is no such tree.
             CheckpointMismatch: names, shapes or dtypes differ; all of them are listed. Nothing
                 has been read then.
-            CheckpointError: the data cannot be read, is not what was saved, or holds the data
-                positions of another number of processes.
+            CheckpointError: the data cannot be read, or is not what was saved.
         """
         wanted = flatten(abstract, check_spec)
         if not wanted:
             raise ValueError("The abstract tree names no array; give the tree of the train state.")
         run = self._read_run(step)
         self._compare(step, wanted, partial)
-        data_state = None if partial else self._own_data_state(step, run["data_state"])
         item = nest(wanted)
         args = ocp.args.PyTreeRestore(
             item=item,
@@ -243,13 +246,15 @@ class Checkpoints:
         with self._reading(step):
             tree = self._manager.restore(step, args=ocp.args.Composite(state=args))[_STATE]
         arrays = flatten(tree, check_array)
-        changed = [k for k, v in digests(arrays).items() if v != run["digests"][k]]
+        here = [k for k, v in digests(arrays).items() if v != run["digests"][k]]
+        # Copies that several processes hold are read by each: all must know of one that is bad.
+        changed = sorted({k for names in gather_texts(json.dumps(here)) for k in json.loads(names)})
         if changed:
             raise self._read_failure(step, f"{', '.join(changed)} hold other bits than were saved")
         filled = jax.tree.map_with_path(
             lambda path, _: arrays["/".join(part.key for part in path)], abstract
         )
-        return Restored(filled, data_state, run["meta"])
+        return Restored(filled, None if partial else run["data_state"], run["meta"])
 
     def wait(self) -> None:
         """Waits until the save in progress is complete.
@@ -309,18 +314,6 @@ class Checkpoints:
                 f"describes ({len(lines)} differences):\n{''.join(lines)}"
                 "Use another --workdir, or the configuration that this one was made with."
             )
-
-    def _own_data_state(self, step: int, states: list[str]) -> bytes:
-        """This process's data position. With another number of processes, only a common one."""
-        if len(states) == jax.process_count():
-            return base64.b64decode(states[jax.process_index()])
-        if len(set(states)) == 1:
-            return base64.b64decode(states[0])
-        raise CheckpointError(
-            f"Step {step} in {self.directory} was saved by {len(states)} processes, each at a data "
-            f"position of its own; this run has {jax.process_count()}. "
-            f"Resume with {len(states)} processes."
-        )
 
     @contextmanager
     def _reading(self, step: int) -> Iterator[None]:
@@ -386,18 +379,27 @@ def _registry() -> ocp.handlers.CheckpointHandlerRegistry:
     return registry
 
 
-def _gather(data_state: bytes) -> list[str]:
-    """Every process's data position, base64, in the order of the processes."""
-    if jax.process_count() == 1:
-        return [base64.b64encode(data_state).decode()]
-    sizes = np.ravel(multihost_utils.process_allgather(np.array([len(data_state)], np.int32)))
-    padded = np.zeros(max(int(sizes.max()), 1), np.uint8)
-    padded[: len(data_state)] = np.frombuffer(data_state, np.uint8)
-    rows = np.asarray(multihost_utils.process_allgather(padded))
-    return [
-        base64.b64encode(row[:size].tobytes()).decode()
-        for row, size in zip(rows, sizes, strict=True)
-    ]
+def _json(name: str, value: Any) -> str:
+    """A value as JSON, or `ValueError` where it is none."""
+    try:
+        return json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be a JSON object: {error}.") from error
+
+
+def _whole(data_state: Mapping[str, Any]) -> Tree:
+    """The positions of all shards, from what each process knows of some."""
+    whole: Tree = {}
+    owner: dict[str, int] = {}
+    for process, text in enumerate(gather_texts(_json("data_state", dict(data_state)))):
+        for shard, position in json.loads(text).items():
+            if whole.setdefault(shard, position) != position:
+                raise ValueError(
+                    f"Processes {owner[shard]} and {process} are at different positions in data "
+                    f"shard {shard!r}: they have not read the same batches."
+                )
+            owner.setdefault(shard, process)
+    return whole
 
 
 def _first_line(error: Exception) -> str:

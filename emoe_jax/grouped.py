@@ -99,12 +99,25 @@ def grouped_matmul(rows: Array, weights: Array, sizes: Array, *, backend: str = 
     _check(rows, weights, sizes)
     if rows.size == 0 or weights.size == 0:
         return jnp.zeros_like(rows, shape=(rows.shape[0], weights.shape[2]))
-    # Inside shard_map operands may vary over different mesh axes (sharded rows, replicated
-    # weights). Adding a zero that varies over all of them makes the types equal here, where JAX
-    # transposes the change into the right sum over devices; XLA removes the addition.
-    zero = jnp.zeros_like(rows, shape=()) + jnp.zeros_like(weights, shape=())
-    zero = zero + jnp.zeros_like(sizes, shape=()).astype(rows.dtype)
-    return _product(backend, rows + zero, weights + zero, sizes + zero.astype(sizes.dtype))
+    return _product(backend, *_varying_alike(rows, weights, sizes))
+
+
+def _varying_alike(*arrays: Array) -> list[Array]:
+    """The arrays, each varying over every mesh axis over which one of them varies.
+
+    Inside shard_map operands may vary over different axes (sharded rows, replicated weights). The
+    cast makes the types equal here, where JAX transposes it into the right sum over devices. What
+    needs no cast stays the same array: it is the backward pass that keeps it, and a copy of the
+    weights would be kept beside the weights.
+    """
+    varying = [jax.typeof(array).manual_axis_type.varying for array in arrays]
+    everywhere = frozenset().union(*varying)
+    return [
+        lax.pcast(array, tuple(sorted(everywhere - own)), to="varying")
+        if own < everywhere
+        else array
+        for array, own in zip(arrays, varying, strict=True)
+    ]
 
 
 def _check(rows: Array, weights: Array, sizes: Array) -> None:

@@ -75,10 +75,14 @@ def describe(leaf: Any) -> str:
 
 
 def digests(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
-    """Digest of each array, the same for every sharding. Costs one pass over the memory."""
-    # One compiled call an array, as arrays of a state may lie on different sets of devices.
-    sums = {name: digest(array) for name, array in arrays.items()}
-    return {name: int(value) for name, value in jax.device_get(sums).items()}
+    """Digest of each array, the same for every sharding and number of processes.
+
+    All processes that hold a part of the arrays call it together; each reads what it holds. Costs
+    one pass over the memory.
+    """
+    # One compiled call an array, as arrays of a state may lie on different sets of devices; and one
+    # at a time: processes on CPU that have several sums in flight wait for each other forever.
+    return {name: int(digest(array)) for name, array in arrays.items()}
 
 
 @jax.jit

@@ -112,7 +112,14 @@ def ambient_mesh() -> AbstractMesh | None:
     """
     mesh = jax.sharding.get_abstract_mesh()
     ours = set(AXES) <= set(mesh.axis_names) and mesh.size > 1
-    return mesh if ours and not mesh.manual_axes else None
+    if not ours or mesh.manual_axes:
+        return None
+    require(
+        set(mesh.axis_types) == {AxisType.Auto},
+        f"the mesh in context has axes of the types {mesh.axis_types}, and Auto axes are needed;"
+        " make it with emoe_jax.sharding.make_mesh",
+    )
+    return mesh
 
 
 def split_batch(x: jax.Array) -> jax.Array:
@@ -122,9 +129,21 @@ def split_batch(x: jax.Array) -> jax.Array:
     Where B does not divide, or without a mesh, nothing is asked for.
     """
     mesh = ambient_mesh()
-    if mesh is None or x.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH_AXES):
+    if mesh is None or x.shape[0] % batch_shards(mesh):
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+
+
+def on_rows(function: Callable[[jax.Array], Any], x: jax.Array) -> Any:
+    """A function of independent rows [B,...], applied where the rows lie.
+
+    For what the partitioner would gather first, such as `lax.top_k`.
+    """
+    mesh = ambient_mesh()
+    if mesh is None or x.shape[0] % batch_shards(mesh):
+        return function(x)
+    rows = PartitionSpec(BATCH_AXES)
+    return jax.shard_map(function, mesh=mesh, in_specs=rows, out_specs=rows)(x)
 
 
 def gathered(leaf: jax.Array, *names: str) -> jax.Array:
@@ -187,7 +206,7 @@ def shardings(mesh: Mesh, abstract: Tree) -> Tree:
     return tree
 
 
-def batch_shards(mesh: Mesh) -> int:
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Parts into which the mesh splits a batch."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 

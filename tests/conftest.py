@@ -1,10 +1,12 @@
-"""Eight virtual CPU devices, strict promotion, one hypothesis profile: for every test."""
+"""Eight virtual CPU devices (or EMOE_TEST_DEVICES), strict promotion, one hypothesis profile."""
 
 import os
 
 # Before JAX starts: it reads these once.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count="
+    + os.environ.get("EMOE_TEST_DEVICES", "8")
 ).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 

@@ -14,10 +14,13 @@ from emoe_jax import BasisConfig, EMoELM, EMoEViT, LMConfig, MoEConfig, ViTConfi
 from emoe_jax.sharding import (
     AXES,
     MeshConfig,
+    ambient_mesh,
     batch_sharding,
     check_batch,
+    in_mesh,
     make_mesh,
     replicated,
+    rows_here,
     shardings,
     spec,
 )
@@ -182,6 +185,11 @@ def test_the_tensor_axis_does_not_split_the_batch():
     check_batch(make_mesh(MeshConfig(data=1, tensor=8)), 3, 3)
 
 
+def test_one_process_holds_all_rows_in_order():
+    for config in (MeshConfig(), MeshConfig(fsdp=2, expert=2), MeshConfig(data=1, tensor=8)):
+        assert rows_here(make_mesh(config), 16).tolist() == list(range(16))
+
+
 def test_a_sharded_model_has_the_loss_and_gradients_of_one_device():
     moe = dataclasses.replace(MOE, bias=False, activation="gelu")
     config = dataclasses.replace(CONFIG, depth=2, moe_every=1, moe=moe)
@@ -217,3 +225,54 @@ def test_a_sharded_model_has_the_loss_and_gradients_of_one_device():
 
     chex.assert_trees_all_equal_structs(sharded, alone)
     jax.tree.map(check, sharded, alone)
+
+
+def other_mesh(names):
+    axes = (AxisType.Auto,) * 2
+    return jax.make_mesh((2, 4), names, axis_types=axes, devices=jax.devices()[:8])
+
+
+def test_the_ambient_mesh_is_that_of_the_context():
+    assert ambient_mesh() is None
+    mesh = make_mesh(MeshConfig(data=1, expert=8), jax.devices()[:8])
+    with jax.set_mesh(mesh):
+        assert ambient_mesh() == mesh.abstract_mesh
+        assert jax.eval_shape(lambda: jnp.zeros(ambient_mesh().shape["expert"])).shape == (8,)
+    assert ambient_mesh() is None
+
+
+def test_in_mesh_gives_a_function_its_mesh_and_keeps_its_name():
+    mesh = make_mesh(MeshConfig(data=1, expert=8), jax.devices()[:8])
+
+    def devices(x, *, more):
+        """How many there are."""
+        return x + more * ambient_mesh().size
+
+    run = in_mesh(mesh, devices)
+    assert (run.__name__, run.__doc__) == ("devices", "How many there are.")
+    assert int(jax.jit(run)(1, more=2)) == 17
+    assert ambient_mesh() is None
+
+
+def test_meshes_that_are_not_ours_are_no_ambient_mesh():
+    one = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    for mesh in (one, other_mesh(("data", "expert"))):
+        with jax.set_mesh(mesh):
+            assert ambient_mesh() is None
+
+
+def test_inside_a_shard_map_there_is_no_ambient_mesh():
+    mesh = make_mesh(MeshConfig(data=1, expert=8), jax.devices()[:8])
+    seen = []
+
+    def body(x):
+        seen.append(ambient_mesh())
+        return x
+
+    rows = PartitionSpec("expert")
+    mapped = jax.shard_map(body, mesh=mesh, in_specs=rows, out_specs=rows)
+    with jax.set_mesh(mesh):
+        jax.eval_shape(mapped, jnp.zeros(8))
+        assert ambient_mesh() == mesh.abstract_mesh
+    assert seen == [None] * len(seen)
+    assert seen

@@ -8,7 +8,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from emoe_jax.config import require
-from train import cli, tables
+from train import cli, cluster, tables
 from train.loop import train
 
 
@@ -20,7 +20,7 @@ def main(argv: list[str]) -> None:
         f"--workdir={args.workdir} is not a local folder; runs write to a mounted file system",
     )
     scalars, rows = train(args.config, pathlib.Path(args.workdir))
-    if args.json:
+    if args.json and cluster.is_first():
         tables.write_json(args.json, [{"layer": "all"} | scalars, *rows])
 
 
@@ -28,5 +28,6 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "Experiment.", lock_config=True)
     flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
     flags.DEFINE_string("json", "", "File to write the result to.")
+    cluster.define_flags()
     flags.mark_flag_as_required("config")
     cli.run(main)

@@ -8,12 +8,15 @@ nothing, and so shows what E matrices cost whatever the method.
 `adapter` times the paper's adapter branch and a training step of its recipe, see
 `train.bench_adapter`.
 
+`exchange` counts the bytes that the experts' exchange moves between devices and times the layer on
+several devices (virtual ones on CPU) against one, see `train.bench_exchange`.
+
 Runs are interleaved: each round runs every kernel once, and a ratio is the median over rounds of a
 kernel's time over the dense time of the same round, so that a load on the machine that comes and
 goes falls on both.
 """
 
-import statistics
+import itertools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -29,8 +32,9 @@ from emoe_jax.grouped import grouped_matmul
 from emoe_jax.routers import Routing
 from train import timing
 from train.bench_adapter import adapter
+from train.bench_exchange import Shape, exchanges
 from train.tables import check_json_path, print_table, write_json
-from train.timing import Row, Step, interleave, milliseconds
+from train.timing import Row, Step, interleave
 
 # Its own flags, so that several programs can be imported in one process.
 FLAGS = flags.FlagValues()
@@ -62,6 +66,15 @@ flags.DEFINE_integer("images", 16, "adapter: images in a batch.", lower_bound=1,
 flags.DEFINE_multi_enum(
     "model", ["branch", "vit"], ["branch", "vit"], "adapter: what to time.", flag_values=FLAGS
 )
+flags.DEFINE_list(
+    "devices",
+    ["2", "4", "8"],
+    "exchange: the values of X whose bytes are counted; the largest is timed.",
+    flag_values=FLAGS,
+)
+flags.DEFINE_float(
+    "buffer_factor", 1.25, "exchange: see MoEConfig.", lower_bound=0.01, flag_values=FLAGS
+)
 flags.DEFINE_boolean("help", False, "Print this help.", short_name="h", flag_values=FLAGS)
 
 
@@ -80,14 +93,16 @@ def main(argv: Sequence[str]) -> int:
     except (flags.Error, ValueError, FileNotFoundError) as error:
         print(f"train.bench: {error}", file=sys.stderr)
         return 2
-    print_table(f"{' '.join(names)}{_shape(names)}", [_shown(row) for row in rows])
+    # Rows of one kind stand together: a table each.
+    for _, table in itertools.groupby(map(_shown, rows), key=tuple):
+        print_table(f"{' '.join(names)}{_shape(names)}", list(table))
     if FLAGS.json:
         write_json(FLAGS.json, rows)
     return 0
 
 
 def _shape(names: Sequence[str]) -> str:
-    if "grouped" not in names:
+    if names == ["adapter"]:
         return ""
     return f": T={FLAGS.tokens} D={FLAGS.width} F={FLAGS.hidden} K={FLAGS.chosen} {FLAGS.dtype}"
 
@@ -119,7 +134,7 @@ def grouped() -> list[Row]:
     Raises:
         ValueError: K is above E.
     """
-    numbers = _numbers(FLAGS.experts)
+    numbers = _numbers("experts", "8,32,64")
     low = [E for E in numbers if FLAGS.chosen > E]
     if low:
         raise ValueError(
@@ -129,9 +144,10 @@ def grouped() -> list[Row]:
     return [row for load in FLAGS.load for E in numbers for row in _grouped_rows(load, E)]
 
 
-def _numbers(texts: Sequence[str]) -> list[int]:
+def _numbers(name: str, example: str) -> list[int]:
+    texts = list(FLAGS[name].value or ())
     if not texts or not all(text.isdigit() and int(text) > 0 for text in texts):
-        raise ValueError(f"--experts={','.join(texts)} must be positive integers, as in 8,32,64.")
+        raise ValueError(f"--{name}={','.join(texts)} must be positive integers, as in {example}.")
     return [int(text) for text in texts]
 
 
@@ -153,7 +169,7 @@ def _grouped_rows(load: str, E: int) -> list[Row]:
     for kernel, count in rounds.items():
         row: Row = {"load": load, "E": E, "kernel": kernel, "rounds": count}
         for part in ("forward", "step"):
-            row |= _summary(part, times[kernel, part], times["dense", part])
+            row |= timing.against(part, times[kernel, part], times["dense", part])
         rows.append(row | {"compile_s": seconds[kernel]})
     return rows
 
@@ -170,7 +186,9 @@ def _rounds() -> dict[str, int]:
 
 def _shown(row: Row) -> Row:
     """A row as printed: milliseconds as median (least-most)."""
-    names = ("load", "E", "kernel", "model", "dtype", "images", "rounds")
+    if "moved_bytes" in row:
+        return {name.replace("_", " "): value for name, value in row.items()}
+    names = ("load", "exchange", "X", "E", "kernel", "model", "dtype", "images", "rounds")
     cells = {name: row[name] for name in names if name in row}
     for part in ("forward", "step"):
         cells[f"{part} ms"] = timing.shown(row, part)
@@ -180,14 +198,6 @@ def _shown(row: Row) -> Row:
     if "compile_s" in row:
         cells["compile s"] = f"{row['compile_s']:.1f}"
     return cells
-
-
-def _summary(part: str, times: list[float], dense: list[float]) -> Row:
-    ratios = [mine / other for mine, other in zip(times, dense, strict=False)]
-    return milliseconds(part, times) | {
-        f"{part}_ratio": statistics.median(ratios),
-        f"{part}_ratio_of_min": min(times) / min(dense),
-    }
 
 
 def _operands(
@@ -247,9 +257,26 @@ def _expert_mlp(
     return dropless.combine(grouped_matmul(hidden, w_out, groups.sizes, backend=kernel), groups)
 
 
+def exchange() -> list[Row]:
+    """Counts and times exchanges, see `train.bench_exchange.exchanges`.
+
+    Raises:
+        ValueError: shapes that the devices do not divide, or too few devices.
+    """
+    sizes = FLAGS.tokens, FLAGS.width, FLAGS.hidden, FLAGS.chosen
+    shapes = [
+        Shape(*sizes, E, X, dtype, FLAGS.buffer_factor)
+        for E in _numbers("experts", "8,64")
+        for X in _numbers("devices", "2,4,8")
+        for dtype in ("float32", "bfloat16")
+    ]
+    return exchanges(shapes, FLAGS.dtype, FLAGS.repeats)
+
+
 BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
     "grouped": grouped,
     "adapter": lambda: adapter(FLAGS.images, FLAGS.repeats, FLAGS.model, FLAGS.dtype),
+    "exchange": exchange,
 }
 
 if __name__ == "__main__":

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import ast
 import logging
+import os
 import pathlib
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+import jax
 from absl import app, flags
 from absl import logging as absl_logging
 
-from emoe_jax.checkpoint import CheckpointError
-from train import tables
+from train import cluster, tables
 from train.config import flat_keys, unknown_key, update
 
 
@@ -22,6 +24,7 @@ def run(main: Callable[[list[str]], Any]) -> None:
 
     Errors that say what to do (impossible values, missing or unwritable files, damaged checkpoints)
     are printed without a stack trace and end the program with code 2; `--trace` shows the trace.
+    Of several processes the first prints, and others what went wrong in them alone.
     """
     _log_to_stderr()
     flags.DEFINE_bool("trace", False, "Show stack traces of errors in the input.")
@@ -32,14 +35,43 @@ def run(main: Callable[[list[str]], Any]) -> None:
             absl_logging.set_verbosity(absl_logging.WARNING)
             absl_logging.get_absl_logger().addFilter(_is_news)
         try:
-            _check_json_path()
-            main(argv)
-        except (ValueError, OSError, ModuleNotFoundError, CheckpointError) as error:
+            if "coordinator" in flags.FLAGS:
+                cluster.join(os.environ)
+            if jax.distributed.is_initialized():
+                _run_on_several(main, argv)
+            else:
+                _check_json_path()
+                main(argv)
+        except cluster.INPUT_ERRORS as error:
             if flags.FLAGS.trace:
                 raise
             refuse(str(error))
 
     app.run(guarded, flags_parser=_parse)
+
+
+def _run_on_several(main: Callable[[list[str]], Any], argv: list[str]) -> None:
+    """Runs a program on one of several processes, none of which waits long for one that failed."""
+    if not cluster.is_first():
+        logging.getLogger("train").setLevel(logging.ERROR)
+        absl_logging.set_verbosity(absl_logging.ERROR)
+    try:
+        cluster.together(_check_json_path if cluster.is_first() else lambda: None)
+        main(argv)
+    except cluster.INPUT_ERRORS as error:
+        if flags.FLAGS.trace:
+            traceback.print_exc()
+        text = cluster.failed_alike(str(error))
+        if text is None:
+            who = f"process {jax.process_index()} of {jax.process_count()}"
+            print(f"{who}: error: {error}", file=sys.stderr)
+            cluster.leave(2)
+        if cluster.is_first():
+            refuse(text)
+        sys.exit(2)
+    except (Exception, KeyboardInterrupt):
+        traceback.print_exc()
+        cluster.leave(1)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -70,7 +102,8 @@ def _check_json_path() -> None:
 
 
 def define_trained_run() -> None:
-    """Flags of the programs that read a run: which one, and what is different here."""
+    """Flags of the programs that read a run: which one, where, and what is different here."""
+    cluster.define_flags()
     flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
     flags.DEFINE_multi_string(
         "override", [], "KEY=VALUE of its configuration, for example mesh.fsdp=1; repeatable."

@@ -105,6 +105,11 @@ class ExperimentConfig:
             f" task={self.task!r}; leave init_from empty",
         )
         require(
+            self.batch % self.data.shards == 0,
+            f"batch={self.batch} is not a multiple of data.shards={self.data.shards}, each of which"
+            " fills an equal part of it; change one of them",
+        )
+        require(
             self.optim.warmup < self.steps,
             f"optim.warmup={self.optim.warmup} is not below steps={self.steps}; set optim.warmup to"
             f" {self.steps // 10}, or train longer",

@@ -3,6 +3,7 @@
 Language models: bits per byte, all nats of every held-out document (the first token and the end
 included) over its raw UTF-8 bytes. Vision: accuracy. Both: the routing of every expert layer, over
 all tokens that were read: windows of text overlap by half, so most of a long document counts twice.
+Several processes (see `train.cluster`) score each its rows; all get the sums, the first prints.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from absl import flags
 
 from emoe_jax.models.stack import layer_names
 from emoe_jax.sharding import replicated
-from train import cli, tables
+from train import cli, cluster, tables
 from train.data.text import TextData
 from train.run import Run, load_trained
 from train.step import layer_metrics
@@ -43,14 +44,12 @@ class Evaluator(NamedTuple):
 
 def heldout(run: Run) -> Iterator[dict[str, np.ndarray]]:
     """This process's part of the held-out batches."""
-    return run.data.heldout_batches(
-        run.eval_batch, process_index=jax.process_index(), process_count=jax.process_count()
-    )
+    return run.data.heldout_batches(run.eval_batch, rows=run.rows(run.eval_batch))
 
 
 def compile_evaluate(run: Run) -> Evaluator:
     """The evaluation, compiled for the shapes of the held-out batches."""
-    batch = run.abstract_batch(next(heldout(run)))
+    batch = run.abstract_batch(next(heldout(run)), run.eval_batch)
     inputs = run.abstract["params"], run.abstract["router"], batch, jax.eval_shape(run.key)
     step = jax.jit(run.steps.evaluate, out_shardings=replicated(run.mesh)).lower(*inputs)
     sums = jax.eval_shape(run.steps.evaluate, *inputs)
@@ -74,7 +73,8 @@ def evaluate(run: Run, evaluator: Evaluator, state: Tree) -> tuple[Scalars, Rows
     total: Any = None
     batches = 0
     for batch in heldout(run):
-        part = evaluator.step(state["params"], state["router"], run.to_devices(batch), key)
+        placed = run.to_devices(batch, run.eval_batch)
+        part = evaluator.step(state["params"], state["router"], placed, key)
         # float64: a float32 sum over many batches would lose digits of the result.
         part = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), jax.device_get(part))
         total = part if total is None else jax.tree.map(np.add, total, part)
@@ -133,6 +133,8 @@ def main(argv: list[str]) -> None:
     workdir = pathlib.Path(args.workdir)
     run, state, step = load_trained(workdir, cli.overrides(args.override), args.step)
     scalars, rows = evaluate(run, compile_evaluate(run), state)
+    if not cluster.is_first():
+        return
     print_evaluation(run, scalars, rows, step)
     if args.json:
         result = {"layer": "all", "step": step} | scalars

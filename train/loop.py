@@ -13,14 +13,17 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import config_dict
 
 from emoe_jax.checkpoint import Checkpoints
-from emoe_jax.config import LMConfig, ViTConfig, moe_layers, require
+from emoe_jax.config import LMConfig, MoEConfig, ViTConfig, moe_layers, require
+from emoe_jax.dispatch.exchange import choose_exchange
+from emoe_jax.dispatch.selfcheck import check_exchange
 from emoe_jax.grouped import resolve_backend
 from emoe_jax.optim import partition
 from emoe_jax.sharding import replicated
-from train import sample
+from train import cluster, sample
 from train.config import ExperimentConfig, changed_keys, digest, freeze, to_json
 from train.data.text import TextData
 from train.evaluate import (
@@ -51,6 +54,8 @@ PROFILE_AFTER = 10
 def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[Scalars, Rows]:
     """Trains an experiment to its end, or goes on with it from its last checkpoint.
 
+    Every process of a run calls it with the same arguments, see `train.cluster`.
+
     Args:
         tree: the experiment's keys.
         workdir: the run's folder, made if absent.
@@ -62,21 +67,20 @@ def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[Scalars,
         ValueError: something in the input is wrong; raised before anything is compiled.
     """
     # ---------------------------------------------------------------- configuration and data
+    cluster.check_same(tree.to_dict())
     config = freeze(tree)
-    workdir.mkdir(parents=True, exist_ok=True)
-    run = build(config, workdir)
+    cluster.share_folder(workdir)
+    run = cluster.first_then_others(lambda: build(config, workdir))
     config = run.config
     # The prompt is continued at the end; whether it can be is known now.
     prompt = sample.prompt_ids(run, config.prompt, tokens=1) if config.prompt else []
     _describe(run)
+    _try_exchange(run)
 
     # ---------------------------------------------------------------- state, new or restored
     with open_checkpoints(run, workdir) as checkpoints:
         batches = run.data.train_iterator(
-            config.batch,
-            seed=config.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            config.batch, seed=config.seed, rows=run.rows(config.batch)
         )
         resumed = checkpoints.latest_step()
         state = _start(run) if resumed is None else _resume(run, checkpoints, resumed, batches)
@@ -93,7 +97,7 @@ def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[Scalars,
                 total_steps=config.steps,
                 unit=run.unit,
                 resume_step=resumed,
-                enabled=jax.process_index() == 0,
+                enabled=cluster.is_first(),
             )
             with log, _Compilations() as compilations:
                 parts = _Parts(run, batches, compiled, evaluator, checkpoints, log, compilations)
@@ -102,12 +106,15 @@ def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[Scalars,
     scalars, rows = result or evaluate(run, evaluator, state)
 
     # ---------------------------------------------------------------- result
-    print_evaluation(run, scalars, rows, config.steps)
+    text = ""
     if config.prompt:
         room = run.units_per_step // config.batch - len(prompt)
         text = sample.continue_text(run, state, config.prompt, tokens=min(200, room))
-        print(f"\nA continuation of {config.prompt!r}:\n{config.prompt}{text}\n")
-    print(f"run folder: {workdir}")
+    if cluster.is_first():
+        print_evaluation(run, scalars, rows, config.steps)
+        if config.prompt:
+            print(f"\nA continuation of {config.prompt!r}:\n{config.prompt}{text}\n")
+        print(f"run folder: {workdir}")
     return scalars, rows
 
 
@@ -115,15 +122,24 @@ def _describe(run: Run) -> None:
     """Logs the model's size, the mesh, and the kernel of the experts' products."""
     params = run.abstract["params"]
     trained, frozen = partition(params, run.config.optim.trainable)
+    processes = jax.process_count()
     LOGGER.info(
-        "%s parameters%s, %s active per token; mesh %s of %s; %s",
+        "%s parameters%s, %s active per token; mesh %s of %s%s; %s",
         f"{_count(params):,}",
         f", {_count(trained):,} of them trained" if frozen else "",
         f"{active_parameters(run.config.model, params):,}",
         dict(run.mesh.shape),
         jax.devices()[0].device_kind,
-        _routing(run.config.model),
+        f" in {processes} processes" if processes > 1 else "",
+        _routing(run.config.model, run.mesh),
     )
+    if run.config.data.shards % processes:
+        LOGGER.info(
+            "data.shards=%d is no multiple of the %d processes: some parts of the data are read by"
+            " several of them",
+            run.config.data.shards,
+            processes,
+        )
     data = run.data
     epoch = data.train_targets if isinstance(data, TextData) else data.train_images
     passes = run.config.steps * run.units_per_step / max(epoch, 1)
@@ -131,16 +147,32 @@ def _describe(run: Run) -> None:
         LOGGER.info("%s training %s; %.2f passes over them", f"{epoch:,}", run.unit, passes)
 
 
+def _try_exchange(run: Run) -> None:
+    """Tries what is not to be trusted: the ragged kernel of an accelerator."""
+    moe, spread = run.config.model.moe, run.mesh.shape["expert"] > 1
+    used = spread and moe.dispatch != "dense" and any(moe_layers(run.config.model))
+    if used and moe.exchange == "ragged_all_to_all" and jax.default_backend() != "cpu":
+        check_exchange(moe, run.mesh)
+
+
 def _count(params: Tree) -> int:
     """Number of parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def _routing(model: LMConfig | ViTConfig) -> str:
+def _routing(model: LMConfig | ViTConfig, mesh: Mesh) -> str:
     """How tokens come to experts, if there are any."""
     if not any(moe_layers(model)):
         return "no experts"
-    return f"{model.moe.router} router, {model.moe.dispatch} dispatch{_kernel(model.moe.dispatch)}"
+    moe = model.moe
+    return f"{moe.router} router, {moe.dispatch} dispatch{_kernel(moe.dispatch)}{_way(moe, mesh)}"
+
+
+def _way(moe: MoEConfig, mesh: Mesh) -> str:
+    """How tokens travel between devices, if they do."""
+    X = mesh.shape["expert"]
+    exchanges = X > 1 and moe.dispatch != "dense"
+    return f", {choose_exchange(moe)} over {X} devices" if exchanges else ""
 
 
 def _kernel(dispatch: str) -> str:
@@ -187,13 +219,17 @@ def _resume(run: Run, checkpoints: Checkpoints, step: int, batches: Any) -> Tree
         " or use another --workdir",
     )
     assert restored.data_state is not None
-    batches.set_state(json.loads(restored.data_state))
+    batches.set_state(restored.data_state)
     LOGGER.info("resuming %s from step %d", workdir, step)
     return restored.train_state
 
 
-FREE_OF_MODEL = ("attention", "remat", "dtype", "loss_chunk", "dispatch", "capacity_factor")
-"""Keys of the model that may change between starts of a run: how it is computed, not what."""
+FREE_OF_MODEL = (
+    *("attention", "remat", "dtype", "loss_chunk", "dispatch", "capacity_factor"),
+    *("exchange", "buffer_factor", "on_overflow", "exchange_chunks"),
+)
+"""Keys of the model that may change between starts of a run: what they mean for weights and data
+stays the same, though dispatch, its room and precision may change numbers."""
 
 
 def identity(config: ExperimentConfig) -> Tree:
@@ -251,11 +287,12 @@ def _steps(parts: _Parts, state: Tree, start: int) -> tuple[Tree, Any]:
     after_first = in_saves = 0
     result = None
     for step in range(start + 1, config.steps + 1):
-        if profiled and step == profiled[0]:
+        if profiled and step == profiled[0] and cluster.is_first():
             jax.profiler.start_trace(str(checkpoints.directory.parent / PROFILE))
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
-            state, metrics = parts.compiled(state, run.to_devices(next(parts.batches)), key)
-        if profiled and step == profiled[-1]:
+            batch = run.to_devices(next(parts.batches), config.batch)
+            state, metrics = parts.compiled(state, batch, key)
+        if profiled and step == profiled[-1] and cluster.is_first():
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
         last = step == config.steps
@@ -274,7 +311,7 @@ def _steps(parts: _Parts, state: Tree, start: int) -> tuple[Tree, Any]:
         checkpoints.save(
             step,
             state,
-            data_state=json.dumps(parts.batches.get_state()).encode(),
+            data_state=parts.batches.get_state(),
             meta=identity(config),
             metrics=measured,
             force=last,
@@ -353,12 +390,13 @@ def _compile_train(run: Run, example: dict[str, np.ndarray]) -> Any:
     """The training step, compiled ahead of time: it cannot be compiled again by accident."""
     places = jax.tree.map(lambda leaf: leaf.sharding, run.abstract)
     step = jax.jit(run.steps.train, donate_argnums=0, out_shardings=(places, replicated(run.mesh)))
-    return step.lower(run.abstract, run.abstract_batch(example), jax.eval_shape(run.key)).compile()
+    batch = run.abstract_batch(example, run.config.batch)
+    return step.lower(run.abstract, batch, jax.eval_shape(run.key)).compile()
 
 
 def _write_config(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> None:
     """Writes config.json; says what changed since the run was started."""
-    if jax.process_index():
+    if not cluster.is_first():
         return
     file = workdir / CONFIG_FILE
     if file.is_file():

@@ -23,7 +23,9 @@ from emoe_jax import pure, sharding
 from emoe_jax.checkpoint import Checkpoints
 from emoe_jax.config import LMConfig, ViTConfig, require
 from emoe_jax.models import EMoELM, EMoEViT
+from emoe_jax.multihost import gather_texts
 from emoe_jax.optim import make_optimizer, partition
+from train import cluster
 from train.config import ExperimentConfig, freeze, replaced, to_json, vit_from_tree, with_vocab
 from train.data.config import TextConfig
 from train.data.text import TextData, load_text
@@ -81,36 +83,48 @@ class Run:
         """The key of routers' random choices."""
         return jax.random.key(self.config.seed)
 
-    def abstract_batch(self, example: Mapping[str, np.ndarray]) -> Tree:
-        """Abstract global batch of the shapes of a batch of this process."""
-        where, count = sharding.batch_sharding(self.mesh), jax.process_count()
+    def rows(self, batch: int) -> np.ndarray:
+        """Rows of a global batch that this process gives to its devices, ascending."""
+        return sharding.rows_here(self.mesh, batch)
+
+    def abstract_batch(self, example: Mapping[str, np.ndarray], size: int) -> Tree:
+        """Abstract global batch of `size` rows, of the shapes of this process's part of one."""
+        where = sharding.batch_sharding(self.mesh)
 
         def place(leaf: np.ndarray) -> jax.ShapeDtypeStruct:
-            shape = (leaf.shape[0] * count, *leaf.shape[1:])
-            return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=where)
+            return jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype, sharding=where)
 
-        return {name: place(leaf) for name, leaf in self.with_rows(example).items()}
+        return {name: place(leaf) for name, leaf in self.with_rows(example, size).items()}
 
-    def to_devices(self, batch: Mapping[str, np.ndarray]) -> Tree:
-        """The global batch on the mesh, from this process's part of it."""
-        where = sharding.batch_sharding(self.mesh)
-        return {
-            name: jax.make_array_from_process_local_data(where, leaf)
-            for name, leaf in self.with_rows(batch).items()
-        }
+    def to_devices(self, batch: Mapping[str, np.ndarray], size: int) -> Tree:
+        """The global batch of `size` rows on the mesh, from this process's part of it."""
+        where, rows = sharding.batch_sharding(self.mesh), self.rows(size)
 
-    def with_rows(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The batch and `rows` [B], the position of each row in the global batch.
+        def place(leaf: np.ndarray) -> jax.Array:
+            def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+                assert index is not None
+                first, last, _ = index[0].indices(size)
+                return leaf[slice(*np.searchsorted(rows, (first, last)))]
+
+            return jax.make_array_from_callback((size, *leaf.shape[1:]), where, shard)
+
+        return {name: place(leaf) for name, leaf in self.with_rows(batch, size).items()}
+
+    def with_rows(self, batch: Mapping[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
+        """This process's part of a batch and `rows` [B], its rows in the global batch.
 
         Raises:
             ValueError: an id that the model's vocabulary does not have, which an accelerator would
-                silently take for another.
+                silently take for another; or not the rows that this process's devices hold.
         """
         if isinstance(self.config.model, LMConfig):
             _check_ids(batch, self.config.model.vocab_size)
-        count = next(iter(batch.values())).shape[0]
-        start = jax.process_index() * count
-        return dict(batch) | {"rows": np.arange(start, start + count, dtype=np.int32)}
+        rows, given = self.rows(size), next(iter(batch.values())).shape[0]
+        require(
+            given == len(rows),
+            f"got {given} rows of a batch of {size}; this process's devices hold {len(rows)}",
+        )
+        return dict(batch) | {"rows": rows.astype(np.int32)}
 
 
 def _check_ids(batch: Mapping[str, np.ndarray], vocab_size: int) -> None:
@@ -159,7 +173,7 @@ def build(config: ExperimentConfig, workdir: pathlib.Path) -> Run:
         abstract,
         places,
     )
-    steps = make_steps(config, model, optimizer, opt_state)
+    steps = make_steps(config, mesh, model, optimizer, opt_state)
     return Run(config, data, mesh, model, abstract, steps, jax.jit(init, out_shardings=places))
 
 
@@ -256,18 +270,25 @@ def load_trained(
         FileNotFoundError: the folder holds no run, or no checkpoint yet.
         ValueError: an override is unknown, or does not fit.
     """
+    cluster.check_same({"override": overrides, "step": which})
+    run = cluster.together(lambda: _build_trained(workdir, overrides))
+    wanted = {name: run.abstract[name] for name in ("params", "router")}
+    with Checkpoints(workdir / CHECKPOINTS, every=1, read_only=True) as checkpoints:
+        # A run that goes on may have saved between two looks: all take what the first one sees.
+        step = int(gather_texts(str(choose_step(checkpoints, which)))[0])
+        restored = checkpoints.restore(step, wanted, partial=True)
+    return run, {"router": {}} | restored.train_state, step
+
+
+def _build_trained(workdir: pathlib.Path, overrides: Mapping[str, Any]) -> Run:
+    """The parts of the run in a folder."""
     file = workdir / CONFIG_FILE
     if not file.is_file():
         raise FileNotFoundError(
             f"--workdir={workdir} holds no run: there is no {CONFIG_FILE}; train one there with"
             f" python -m train --config=configs/NAME.py --workdir={workdir}"
         )
-    run = build(freeze(replaced(read_config(file), overrides)), workdir)
-    wanted = {name: run.abstract[name] for name in ("params", "router")}
-    with Checkpoints(workdir / CHECKPOINTS, every=1, read_only=True) as checkpoints:
-        step = choose_step(checkpoints, which)
-        restored = checkpoints.restore(step, wanted, partial=True)
-    return run, {"router": {}} | restored.train_state, step
+    return build(freeze(replaced(read_config(file), overrides)), workdir)
 
 
 def is_saved_model(folder: pathlib.Path) -> bool:
@@ -286,7 +307,7 @@ def save_model(folder: pathlib.Path, model: EMoEViT) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with Checkpoints(folder / CHECKPOINTS, every=1) as checkpoints:
         state = {"params": params} | ({"router": router} if router else {})
-        checkpoints.save(0, state, data_state=b"", meta={}, force=True)
+        checkpoints.save(0, state, data_state={}, meta={}, force=True)
     (folder / MODEL_FILE).write_text(to_json(dataclasses.asdict(model.config)), encoding="utf-8")
 
 

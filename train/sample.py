@@ -6,6 +6,7 @@ Uses a key-value cache: the prompt is read once, then each new token is one step
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 from typing import Any
 
@@ -17,7 +18,8 @@ from emoe_jax import pure
 from emoe_jax.basis import prepare_bases
 from emoe_jax.config import LMConfig, require
 from emoe_jax.routers import router_class
-from train import cli, tables
+from emoe_jax.sharding import in_mesh, replicated
+from train import cli, cluster, tables
 from train.data.text import TextData
 from train.run import Run, load_trained, model_maker
 
@@ -103,7 +105,8 @@ def continue_text(
     model, _, _ = pure.abstract_split(model_maker(free, run.config.seed))
     prepared = prepare_bases(state["params"], config.moe.basis.method)
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=replicated(run.mesh))
+    @functools.partial(in_mesh, run.mesh)
     def draw(state: Tree, ids: Array, key: Array) -> Array:
         return generate(
             model, state, ids, tokens=tokens, temperature=temperature, top_k=top_k, key=key
@@ -145,6 +148,8 @@ def prompt_ids(run: Run, prompt: str, tokens: int) -> list[int]:
 def main(argv: list[str]) -> None:
     """Prints a continuation."""
     args = flags.FLAGS
+    drawn = ("prompt", "tokens", "temperature", "top_k", "seed")
+    cluster.check_same({name: getattr(args, name) for name in drawn})
     run, state, step = load_trained(
         pathlib.Path(args.workdir), cli.overrides(args.override), args.step
     )
@@ -157,6 +162,8 @@ def main(argv: list[str]) -> None:
         top_k=args.top_k,
         seed=args.seed,
     )
+    if not cluster.is_first():
+        return
     print(args.prompt + text)
     if args.json:
         tables.write_json(args.json, [{"step": step, "prompt": args.prompt, "text": text}])

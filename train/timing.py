@@ -44,6 +44,20 @@ def milliseconds(part: str, times: Sequence[float]) -> Row:
     }
 
 
+def against(part: str, times: Sequence[float], base: Sequence[float]) -> Row:
+    """`milliseconds`, and the ratio to another program's times in the same rounds.
+
+    Returns:
+        Beside the milliseconds `<part>_ratio`, the median of the rounds' ratios, and
+        `<part>_ratio_of_min`, of the least times.
+    """
+    ratios = [mine / other for mine, other in zip(times, base, strict=False)]
+    return milliseconds(part, times) | {
+        f"{part}_ratio": statistics.median(ratios),
+        f"{part}_ratio_of_min": min(times) / min(base),
+    }
+
+
 def shown(row: Row, part: str) -> str:
     """Milliseconds as printed: median (least-most)."""
     middle, least, most = (row[f"{part}_ms{end}"] for end in ("", "_min", "_max"))

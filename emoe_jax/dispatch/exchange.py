@@ -18,7 +18,7 @@ weighed where they come back.
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -37,7 +37,7 @@ from emoe_jax.dispatch.dense import dense_weights
 from emoe_jax.dispatch.dropless import NO_CHOICES, group_by_expert
 from emoe_jax.dispatch.rows import collect_rows, spread_rows
 from emoe_jax.routers.base import ExpertChoice, Routing
-from emoe_jax.sharding import AXES, BATCH_AXES, RULES, spec
+from emoe_jax.sharding import AXES, BATCH_AXES, RULES, batch_shards, spec
 
 Array = jax.Array
 Weights = dict[str, Array]
@@ -108,16 +108,14 @@ class Exchanged(NamedTuple):
     exchanges: Array
 
 
-def choose_exchange(config: MoEConfig, devices: int) -> str:
-    """The exchange that "auto" means on X devices.
+def choose_exchange(config: MoEConfig) -> str:
+    """The exchange that "auto" means: all_to_all, on every platform.
 
-    Gathering moves (X-1)·T rows each way, all_to_all buffer_factor·K·T·(X-1)/X: the first is less
-    up to X = buffer_factor·K. ragged_all_to_all is not chosen: it is not measured here, and is
-    reported to crash and to corrupt on GPU (openxla/xla issue 47283).
+    ragged_all_to_all moves a fifth less, but is reported to crash and to corrupt on GPU
+    (openxla/xla issue 47283), and nobody has measured it here. all_gather moves less where K is
+    large and X small, but its experts' rows are X·K for each token, most of them empty.
     """
-    if config.exchange != "auto":
-        return config.exchange
-    return "all_gather" if devices <= config.buffer_factor * config.top_k else "all_to_all"
+    return "all_to_all" if config.exchange == "auto" else config.exchange
 
 
 def exchange(
@@ -137,12 +135,13 @@ def exchange(
             where few of the assignments go anywhere (expert choice); buffers are of that size.
         gates: [T,K] float32.
         weights: the experts' arrays by name, see `experts.Experts`.
-        apply: the experts: weights, rows [M,D] sorted by expert and sizes [E/X] to rows [M,D].
+        apply: the experts: weights, rows [M,D] sorted by expert and sizes [E/X] to rows [M,D]. It
+            must not hold traced arrays.
         config: of the layer.
         mesh: with all of `sharding.AXES`.
 
     Raises:
-        ValueError: the axis `expert` does not divide E.
+        ValueError: the axis `expert` does not divide E, or weights have an unknown name.
     """
     X = mesh.shape["expert"]
     require(
@@ -150,7 +149,7 @@ def exchange(
         f"mesh.expert={X} does not divide experts={config.experts}; choose a divisor",
     )
     T = tokens.shape[0]
-    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES) * config.exchange_chunks
+    parts = batch_shards(mesh) * _chunks(config, X)
     missing = -T % parts
     if missing:
         tokens = jnp.pad(tokens, ((0, missing), (0, 0)))
@@ -169,8 +168,12 @@ def exchange(
 
 
 def _place(name: str, leaf: Array) -> PartitionSpec:
-    key = jax.tree_util.DictKey(name)
-    return spec((key,), leaf.ndim)
+    place = spec((jax.tree_util.DictKey(name),), leaf.ndim)
+    require(
+        len(place) > 0 and place[0] == RULES["expert"],
+        f"weights hold {name!r} {leaf.shape}, which sharding.LOGICAL does not spread over experts",
+    )
+    return place
 
 
 # --- the body: one device ---------------------------------------------------------------------
@@ -187,12 +190,13 @@ def _body(
     places: dict[str, PartitionSpec],
 ) -> tuple[Array, Array, Array, Array]:
     """All chunks of this device's tokens; each chunk's exchange is independent of the others'."""
+    X = lax.axis_size("expert")
 
     def run(tokens: Array, experts: Array, gates: Array, weights: Weights) -> Any:
         with jax.named_scope("gather_experts"):
             whole = {name: _gather(leaf, places[name]) for name, leaf in weights.items()}
         inputs = [transport.vary(part, BATCH_AXES) for part in (tokens, experts, gates)]
-        chunks = [jnp.split(part, config.exchange_chunks) for part in inputs]
+        chunks = [jnp.split(part, _chunks(config, X)) for part in inputs]
         done = [
             _chunk(*chunk, weights=whole, apply=apply, config=config)
             for chunk in zip(*chunks, strict=True)
@@ -201,15 +205,17 @@ def _body(
 
     if lax.axis_size(RULES["embed"]) > 1:
         # Kept for the backward pass, gathered weights would be the whole model: gathered again.
-        run = jax.checkpoint(
-            run, policy=jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
-        )
+        run = jax.checkpoint(run, policy=_kept)
     out, dropped, overflows = run(tokens, experts, gates, weights)
     out = lax.psum(out.reshape(tokens.shape), RULES["mlp"]).astype(tokens.dtype)
-    X = lax.axis_size("expert")
     # The devices of a group do the same exchange: each counts its share of it.
     exchanges = transport.vary(jnp.float32(config.exchange_chunks / X if X > 1 else 0))
     return out, _total(dropped), _total(overflows / X), _total(exchanges)
+
+
+def _chunks(config: MoEConfig, devices: int) -> int:
+    """Parts of a device's tokens; one where there is no exchange to hide."""
+    return config.exchange_chunks if devices > 1 else 1
 
 
 def _total(count: Array) -> Array:
@@ -217,12 +223,23 @@ def _total(count: Array) -> Array:
     return lax.psum(jnp.sum(count), AXES) / lax.axis_size(RULES["mlp"])
 
 
+def _kept(primitive: Any, *_: Any, **params: Any) -> bool:
+    """Whether the backward pass keeps a result: all but weights gathered over `fsdp`.
+
+    Naming them is not enough: what is named would be made again from what was gathered, kept.
+    """
+    if primitive.name == "all_gather":
+        return RULES["embed"] not in params["axis_name"]
+    return primitive.name != "name" or params["name"] != GATHERED
+
+
 def _gather(leaf: Array, place: PartitionSpec) -> Array:
     """Whole over `fsdp`; a bias that the shards of `tensor` would each add is kept by the first."""
-    for axis, name in enumerate(place):
-        if name == RULES["embed"]:
-            leaf = lax.all_gather(leaf, name, axis=axis, tiled=True)
+    # Marked before it is gathered: so gradients are summed over other axes when they are scattered.
     leaf = transport.vary(leaf, [name for name in place if name])
+    for axis, name in enumerate(place):
+        if name == RULES["embed"] and lax.axis_size(name) > 1:
+            leaf = lax.all_gather(leaf, name, axis=axis, tiled=True)
     if RULES["mlp"] not in place:
         leaf = jnp.where(lax.axis_index(RULES["mlp"]) == 0, leaf, jnp.zeros_like(leaf))
     return checkpoint_name(leaf, GATHERED)
@@ -242,14 +259,15 @@ def _chunk(
     zero = transport.vary(jnp.zeros((), jnp.float32))
     if X == 1:
         return _local(tokens, experts, gates, weights, apply, config.experts), zero, zero
-    name = choose_exchange(config, X)
+    name = choose_exchange(config)
     if name == "all_gather":
         return _all_gather(tokens, experts, gates, weights, apply, config), zero, zero
     plan = transport.sort_assignments(experts, config.experts)
     way = transport.TRANSPORTS[name]
     room = way.room(tokens.shape[0] * config.top_k, X, config.buffer_factor)
-    rounds = way.rounds(plan, room)
-    overflowed = (rounds > 1).astype(jnp.float32)
+    # Agreed by all groups: collectives in loops of different lengths are not safe everywhere.
+    rounds = lax.pmax(way.rounds(plan, room), AXES)
+    overflowed = (way.rounds(plan, room) > 1).astype(jnp.float32)
     inputs = (tokens, gates, weights)
     if config.on_overflow == "drop":
         dropped = way.overflow(plan, room).astype(jnp.float32)
@@ -349,6 +367,18 @@ def _further(
     return lax.fori_loop(1, rounds, add, out)
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Input:
+    """In place of an array that a pull-back holds: it is the `number`-th leaf of the inputs."""
+
+    number: int
+
+
+def _is_input(leaf: Any) -> bool:
+    return isinstance(leaf, _Input)
+
+
 def _rounds_forward(
     way: transport.Transport,
     room: int,
@@ -360,13 +390,22 @@ def _rounds_forward(
     """Keeps what the first round's backward pass needs; further rounds keep their inputs alone."""
     first, pull = jax.vjp(partial(_round, way, room, apply, plan, 0), *inputs)
     out = _further(way, room, apply, plan, rounds, inputs, first)
-    return out, (pull, plan, rounds, inputs)
+    # The inputs that `pull` holds are kept once, with the others.
+    leaves, tree = jax.tree.flatten(pull)
+    numbers = {id(leaf): number for number, leaf in enumerate(jax.tree.leaves(inputs))}
+    own = [_Input(numbers[id(leaf)]) if id(leaf) in numbers else leaf for leaf in leaves]
+    return out, (jax.tree.unflatten(tree, own), plan, rounds, inputs)
 
 
 def _rounds_backward(
     way: transport.Transport, room: int, apply: Experts, saved: Any, cotangent: Array
 ) -> tuple[Any, Any, Any]:
-    pull, plan, rounds, inputs = saved
+    held, plan, rounds, inputs = saved
+    leaves, tree = jax.tree.flatten(held, is_leaf=_is_input)
+    given = jax.tree.leaves(inputs)
+    pull = jax.tree.unflatten(
+        tree, [given[leaf.number] if _is_input(leaf) else leaf for leaf in leaves]
+    )
 
     def add(turn: Array, gradients: Any) -> Any:
         _, pull = jax.vjp(partial(_round, way, room, apply, plan, turn), *inputs)

@@ -252,7 +252,9 @@ def ragged_window(plan: Sorted, room: int, turn: Array | int) -> Window:
     low = jnp.clip(first - before, 0, volume)
     high = jnp.clip(first + room - before, 0, volume)
     me = plan.me
-    leave, arrive = begin + low, before + low - first
+    # Kernels may check the offset of an empty part too: it must lie within.
+    moves = high > low
+    leave, arrive = jnp.where(moves, begin + low, 0), jnp.where(moves, before + low - first, 0)
     going = Offsets(leave[me], (high - low)[me], arrive[me], (high - low)[:, me])
     coming = Offsets(arrive[:, me], (high - low)[:, me], leave[:, me], (high - low)[me])
 

@@ -14,6 +14,7 @@ from flax import nnx
 from jax import lax
 
 from emoe_jax.config import MoEConfig, require
+from emoe_jax.sharding import on_rows
 
 Array = jax.Array
 State = dict[str, Array]
@@ -135,7 +136,16 @@ def select_top_k(scores: Array, k: int) -> Array:
 
     No gradient passes: the choice is piecewise constant.
     """
-    return lax.top_k(lax.stop_gradient(scores), k)[1].astype(jnp.int32)
+    return top_k_of_rows(lax.stop_gradient(scores), k)[1]
+
+
+def top_k_of_rows(x: Array, k: int) -> tuple[Array, Array]:
+    """Values and int32 indices of the k largest of each row's last axis, [B,...,N] to [B,...,k].
+
+    Each device sorts its own rows: left to the partitioner, all rows are gathered on all devices.
+    """
+    values, indices = on_rows(lambda part: tuple(lax.top_k(part, k)), x)
+    return values, indices.astype(jnp.int32)
 
 
 def gather_gates(gates: Array, indices: Array, *, renormalize: bool = False) -> Array:

@@ -18,6 +18,7 @@ from emoe_jax.routers.base import (
     linear,
     make_routing,
     router_options,
+    top_k_of_rows,
 )
 from emoe_jax.routers.softmax import init_kernel
 
@@ -50,9 +51,10 @@ class ExpertChoiceRouter(Router):
         probs = jax.nn.softmax(linear(tokens, self.kernel[...]), axis=-1)
         taken = max(1, -(-S * self.top_k // E))
         ranked = jnp.where(context.mask[..., None], probs.reshape(B, S, E), -1.0)
-        weights, positions = lax.top_k(ranked.transpose(2, 0, 1), min(taken, S))
-        chosen = positions.astype(jnp.int32) + S * jnp.arange(B, dtype=jnp.int32)[None, :, None]
-        weights = jnp.maximum(weights, 0.0)
+        weights, positions = top_k_of_rows(ranked.transpose(0, 2, 1), min(taken, S))
+        chosen = positions + S * jnp.arange(B, dtype=jnp.int32)[:, None, None]
+        chosen = chosen.transpose(1, 0, 2)
+        weights = jnp.maximum(weights, 0.0).transpose(1, 0, 2)
         return ExpertChoice(
             chosen.reshape(E, -1),
             weights.reshape(E, -1),
@@ -144,10 +146,10 @@ class RandomRouter(Router):
         rows = jnp.arange(B, dtype=jnp.int32) if context.rows is None else context.rows
         keys = jax.vmap(jax.random.fold_in, (None, 0))(context.key, rows)
         draws = jax.vmap(lambda key: jax.random.uniform(key, (S, self.experts)))(keys)
-        indices = lax.top_k(draws.reshape(B * S, self.experts), self.top_k)[1]
+        _, indices = top_k_of_rows(draws.reshape(B * S, self.experts), self.top_k)
         weights = jnp.full(indices.shape, 1.0 / self.top_k, jnp.float32)
         probs = jnp.full((B * S, self.experts), 1.0 / self.experts, jnp.float32)
-        return make_routing(indices.astype(jnp.int32), weights, probs, context.mask)
+        return make_routing(indices, weights, probs, context.mask)
 
 
 class SoftRouter(Router):

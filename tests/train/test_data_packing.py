@@ -51,17 +51,17 @@ def test_packed_rows_are_shuffled_in_training_only() -> None:
 
 
 def _rows(documents: int, **keys: int) -> list[tuple[int, ...]]:
-    """Takes a process's share of two epochs of documents that fill a row each."""
+    """Takes a shard's part of two epochs of documents that fill a row each."""
     arrays = [np.arange(9 * i, 9 * i + 9, dtype=np.int32) for i in range(documents)]
-    rows = packing.memory_rows(arrays, sequence_length=8, **keys)
-    iterator = iter(rows)
-    share = 2 * documents // keys["process_count"]
+    joined = packing.TokenisedDocuments.join(arrays, 8, keys.pop("seed"))
+    iterator = iter(packing.memory_rows(joined, **keys))
+    share = 2 * documents // keys["shards"]
     return [tuple(next(iterator)["piece"][:, 0].tolist()) for _ in range(share)]
 
 
-def test_processes_see_disjoint_halves_of_every_epoch() -> None:
-    # 512 documents of one row: 256 rows, one packing, for each of two processes and epochs.
-    halves = [_rows(512, seed=5, process_index=i, process_count=2) for i in range(2)]
+def test_shards_hold_disjoint_halves_of_every_epoch() -> None:
+    # 512 documents of one row: 256 rows, one packing, for each of two shards and epochs.
+    halves = [_rows(512, seed=5, shard=i, shards=2) for i in range(2)]
     for epoch in (slice(0, 256), slice(256, 512)):
         first, second = set(halves[0][epoch]), set(halves[1][epoch])
         assert len(first) == len(second) == 256
@@ -69,11 +69,11 @@ def test_processes_see_disjoint_halves_of_every_epoch() -> None:
 
 
 def test_epochs_and_seeds_differ() -> None:
-    one = _rows(256, seed=5, process_index=0, process_count=1)
-    assert one == _rows(256, seed=5, process_index=0, process_count=1)
+    one = _rows(256, seed=5, shard=0, shards=1)
+    assert one == _rows(256, seed=5, shard=0, shards=1)
     assert sorted(one[:256]) == sorted(one[256:])
     assert one[:256] != one[256:]
-    assert one != _rows(256, seed=7, process_index=0, process_count=1)
+    assert one != _rows(256, seed=7, shard=0, shards=1)
 
 
 @settings(deadline=None)

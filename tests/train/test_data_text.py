@@ -1,6 +1,8 @@
 """Rows, windows, exact state and the tokenizer of a run."""
 
+import dataclasses
 import pathlib
+from typing import Any
 
 import chex
 import numpy as np
@@ -47,7 +49,7 @@ def test_short_documents_share_a_row(tmp_path: pathlib.Path) -> None:
 
 
 def test_batches_have_the_promised_form(data: TextData) -> None:
-    iterator = data.train_iterator(6, seed=3, process_index=1, process_count=2)
+    iterator = data.train_iterator(6, seed=3, rows=np.arange(3, 6))
     for batch in take(iterator, 40):
         assert list(batch) == ["tokens", "targets", "segments", "positions"]
         chex.assert_shape(list(batch.values()), (3, S))
@@ -96,6 +98,44 @@ def test_next_seed_is_not_the_next_epoch(data: TextData) -> None:
 def test_state_continues_with_the_next_batch(data: TextData, steps: int) -> None:
     # 256 rows are packed at once: 64 batches of 4.
     check_state(data, steps)
+
+
+def in_shards(data: TextData, count: int) -> TextData:
+    return dataclasses.replace(data, config=dataclasses.replace(data.config, shards=count))
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_rows_make_up_the_same_batches_however_they_are_read(data: TextData, count: int) -> None:
+    """What a global batch holds depends on the number of data shards alone."""
+    sharded = in_shards(data, count)
+    whole = sharded.train_iterator(8, seed=1)
+    expected = take(whole, 20)
+    for parts in ([range(4), range(4, 8)], [range(2), [2], range(3, 8)], [range(0, 8, 2)]):
+        iterators = [sharded.train_iterator(8, seed=1, rows=np.array(rows)) for rows in parts]
+        for batch in expected:
+            for rows, iterator in zip(parts, iterators, strict=True):
+                mine = {key: leaf[np.array(rows)] for key, leaf in batch.items()}
+                chex.assert_trees_all_equal(next(iterator), mine)
+        position: dict[str, Any] = {}
+        for iterator in iterators:
+            position |= iterator.get_state()
+            iterator.close()
+        assert position == whole.get_state()
+    whole.close()
+
+
+def test_a_position_serves_other_readers(data: TextData) -> None:
+    whole = in_shards(data, 2).train_iterator(4, seed=1)
+    take(whole, 9)
+    half = in_shards(data, 2).train_iterator(4, seed=1, rows=np.array([2, 3]))
+    with pytest.raises(ValueError, match=r"the position in the data lacks shards \[1\]"):
+        half.set_state({"0": whole.get_state()["0"]})
+    half.set_state(whole.get_state())
+    assert half.get_state().keys() == {"1"}  # the other shard was never opened
+    for batch in take(whole, 5):
+        chex.assert_trees_all_equal(next(half), {key: leaf[2:] for key, leaf in batch.items()})
+    whole.close()
+    half.close()
 
 
 def test_mixture_keeps_the_weights_row_by_row(tmp_path: pathlib.Path) -> None:
@@ -152,7 +192,7 @@ def test_heldout_windows_by_hand(tmp_path: pathlib.Path) -> None:
 
 def test_heldout_rows_are_shared_by_processes(data: TextData) -> None:
     whole = list(data.heldout_batches(4))
-    parts = [list(data.heldout_batches(4, process_index=i, process_count=2)) for i in range(2)]
+    parts = [list(data.heldout_batches(4, rows=np.array(rows))) for rows in ([0, 1], [2, 3])]
     for batch, first, second in zip(whole, *parts, strict=True):
         joined = {key: np.concatenate([first[key], second[key]]) for key in batch}
         chex.assert_trees_all_equal(joined, batch)
@@ -222,9 +262,12 @@ def test_vocab_size_of_bytes(tmp_path: pathlib.Path) -> None:
 
 
 def test_arguments_of_the_iterators(data: TextData) -> None:
-    with pytest.raises(ValueError, match="batch=5 must be a positive multiple of the 2"):
-        data.train_iterator(5, seed=0, process_count=2)
-    with pytest.raises(ValueError, match="process_index=2 must lie between 0 and"):
-        data.train_iterator(4, seed=0, process_index=2, process_count=2)
+    with pytest.raises(ValueError, match=r"batch=5 is not a multiple of data\.shards=2"):
+        in_shards(data, 2).train_iterator(5, seed=0)
+    for rows in ([], [-1], [4], [1, 1], [1, 0]):
+        with pytest.raises(ValueError, match=r"rows=.* must be ascending rows of a batch of 4"):
+            data.train_iterator(4, seed=0, rows=np.array(rows, int))
+    with pytest.raises(ValueError, match="batch=0 must be at least 1"):
+        data.heldout_batches(0)
     with pytest.raises(ValueError, match="seed=-1"):
         data.train_iterator(4, seed=-1)

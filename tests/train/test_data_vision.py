@@ -1,5 +1,6 @@
 """Vision pipeline: order, augmentation, sizes and exact state of the batches."""
 
+import dataclasses
 import gzip
 import json
 import pathlib
@@ -42,29 +43,49 @@ def test_epochs_visit_every_image_once(fashion: VisionData) -> None:
         assert batch["labels"].sum(-1).tolist() == [1.0] * 5
 
 
-def test_processes_see_disjoint_images(fashion: VisionData) -> None:
+def in_shards(data: VisionData, count: int) -> VisionData:
+    return dataclasses.replace(data, config=dataclasses.replace(data.config, shards=count))
+
+
+def test_shards_hold_disjoint_images_and_are_read_alone(fashion: VisionData) -> None:
     parts = []
-    for index in range(2):
-        iterator = fashion.train_iterator(10, seed=1, process_index=index, process_count=2)
+    for rows in (np.arange(5), np.arange(5, 10)):
+        iterator = in_shards(fashion, 2).train_iterator(10, seed=1, rows=rows)
         parts.append([image_numbers(batch) for batch in take(iterator, 8)])
+        assert len(iterator.get_state()) == 1
         iterator.close()
     for first, second in zip(*parts, strict=True):
         assert sorted(first + second) == list(range(10))
 
 
-def test_processes_augment_each_in_its_own_way(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("count", [1, 2])
+def test_rows_make_up_the_same_batches_however_they_are_read(
+    tmp_path: pathlib.Path, count: int
+) -> None:
+    write_fashion(tmp_path)
+    config = fashion_config(tmp_path, crop_padding=2, flip=True, mixup=0.4, shards=count)
+    data = load_vision(config)
+    rows = [np.arange(2), np.arange(2, 8)]
+    whole = data.train_iterator(8, seed=1)
+    parts = [data.train_iterator(8, seed=1, rows=mine) for mine in rows]
+    for batch in take(whole, 6):
+        for mine, part in zip(rows, parts, strict=True):
+            chex.assert_trees_all_equal(next(part), {key: x[mine] for key, x in batch.items()})
+    for iterator in (whole, *parts):
+        iterator.close()
+
+
+def test_shards_are_augmented_each_in_its_own_way(tmp_path: pathlib.Path) -> None:
     write_fashion(tmp_path, train=40)
     # Every image is the same, so that only the crops can differ.
     for kind, shape in (("images-idx3", (40, 4, 4)), ("labels-idx1", (40,))):
         data = gzip.compress(idx(np.ones(shape, np.uint8)))
         (tmp_path / f"train-{kind}-ubyte.gz").write_bytes(data)
-    data = load_vision(fashion_config(tmp_path, crop_padding=3))
-    batches = []
-    for index in range(2):
-        iterator = data.train_iterator(16, seed=1, process_index=index, process_count=2)
-        batches.append(next(iterator)["images"])
-        iterator.close()
-    assert not np.array_equal(*batches)
+    data = load_vision(fashion_config(tmp_path, crop_padding=3, shards=2))
+    iterator = data.train_iterator(16, seed=1)
+    first, second = np.split(next(iterator)["images"], 2)
+    iterator.close()
+    assert not np.array_equal(first, second)
 
 
 def test_seeds_differ_and_repeat(fashion: VisionData) -> None:
@@ -98,7 +119,7 @@ def test_state_continues_with_the_next_batch(tmp_path: pathlib.Path, steps: int)
 
 def test_heldout_rows_are_shared_by_processes(fashion: VisionData) -> None:
     whole = list(fashion.heldout_batches(4))
-    parts = [list(fashion.heldout_batches(4, process_index=i, process_count=2)) for i in range(2)]
+    parts = [list(fashion.heldout_batches(4, rows=np.array(rows))) for rows in ([0, 1], [2, 3])]
     for batch, first, second in zip(whole, *parts, strict=True):
         joined = {key: np.concatenate([first[key], second[key]]) for key in batch}
         chex.assert_trees_all_equal(joined, batch)
@@ -197,29 +218,25 @@ def test_random_crops_train_and_the_whole_image_evaluates(tmp_path: pathlib.Path
     np.testing.assert_allclose(held["images"][..., 0], ramp[:5], rtol=1e-5)
 
 
-def test_processes_crop_each_in_its_own_way(tmp_path: pathlib.Path) -> None:
+def test_shards_are_cropped_each_in_its_own_way(tmp_path: pathlib.Path) -> None:
     ramp = np.broadcast_to(np.arange(0, 200, 10, dtype=np.uint8), (10, 20, 20))
     write_fashion(tmp_path)
     content = gzip.compress(idx(np.ascontiguousarray(ramp)))
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(content)
-    batches = []
-    for index in range(2):
-        config = fashion_config(tmp_path, image_size=4, resize=True, crop_scale=0.25)
-        iterator = load_vision(config).train_iterator(
-            10, seed=1, process_index=index, process_count=2
-        )
-        batches.append(next(iterator)["images"])
-        iterator.close()
-    assert batches[0].shape == (5, 4, 4, 1)
-    assert not np.array_equal(*batches)
+    config = fashion_config(tmp_path, image_size=4, resize=True, crop_scale=0.25, shards=2)
+    iterator = load_vision(config).train_iterator(10, seed=1)
+    first, second = np.split(next(iterator)["images"], 2)
+    iterator.close()
+    assert first.shape == (5, 4, 4, 1)
+    assert not np.array_equal(first, second)
 
 
 # Errors
 
 
 def test_arguments_of_the_iterators(fashion: VisionData) -> None:
-    with pytest.raises(ValueError, match="batch=3 must be a positive multiple of the 2"):
-        fashion.train_iterator(3, seed=0, process_count=2)
+    with pytest.raises(ValueError, match=r"batch=3 is not a multiple of data\.shards=2"):
+        in_shards(fashion, 2).train_iterator(3, seed=0)
     with pytest.raises(ValueError, match="batch=0"):
         fashion.heldout_batches(0)
     with pytest.raises(ValueError, match="seed=-1"):

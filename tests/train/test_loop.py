@@ -318,6 +318,7 @@ def refused(tree, workdir, error, words, monkeypatch):
     [
         ({"batch": 12}, r"batch=12 is not a multiple of 8 \(8 shards .* set batch to 16"),
         ({"batch": 4}, "batch=4 is not a multiple of 8 .* set batch to 8"),
+        ({"data": {"shards": 3}}, r"batch=8 is not a multiple of data\.shards=3"),
         ({"batch": 8, "accumulate": 2}, "not a multiple of 16 .*accumulate=2.*set batch to 16"),
         ({"mesh": {"fsdp": 3}}, "fsdp=3 .* does not multiply to the 8 devices at hand"),
         ({"mesh": {"tensor": 8}, "model": {"width": 12}}, r"mesh\.tensor=8 vs"),
@@ -382,7 +383,7 @@ def test_a_tokenizer_with_gaps_between_its_ids_fits_the_model(finished, tmp_path
     keys = {"tokenizer": str(tmp_path / "gaps.json"), "vocab_size": 4096}
     run = build(freeze(lm_tree(finished.source, data=keys)), tmp_path / "run")
     assert run.config.model.vocab_size == max(backend.get_vocab().values()) + 1 > 258
-    run.abstract_batch(next(run.data.heldout_batches(8)))
+    run.abstract_batch(next(run.data.heldout_batches(8)), 8)
 
 
 def test_a_token_outside_the_vocabulary_is_refused(finished, tmp_path, one_device):
@@ -390,9 +391,16 @@ def test_a_token_outside_the_vocabulary_is_refused(finished, tmp_path, one_devic
     batch = next(run.data.heldout_batches(8))
     batch["tokens"][0, 0] = 258
     with pytest.raises(ValueError, match="tokens hold id 258, but the model's vocabulary has"):
-        run.abstract_batch(batch)
+        run.abstract_batch(batch, 8)
     with pytest.raises(ValueError, match="tokens hold id 258"):
-        run.to_devices(batch)
+        run.to_devices(batch, 8)
+
+
+def test_rows_of_another_batch_are_refused(finished, tmp_path, one_device):
+    run = build(freeze(lm_tree(finished.source)), tmp_path / "run")
+    batch = next(run.data.heldout_batches(8))
+    with pytest.raises(ValueError, match=r"got 8 rows of a batch of 16; .* devices hold 16"):
+        run.to_devices(batch, 16)
 
 
 def test_the_config_file_is_whole(finished):

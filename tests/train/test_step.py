@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from emoe_jax import basis as bases
-from emoe_jax import sharding
 from emoe_jax.config import BASIS_METHODS
 from tests.train.tiny import vit_tree
 from tests.train.trainer import (
@@ -23,7 +22,6 @@ from tests.train.trainer import (
     small_tree,
     text_batch,
 )
-from train.config import freeze
 from train.step import microbatches
 
 

@@ -28,6 +28,10 @@ class TextConfig:
         vocab_size: Ids of the trained "bpe" tokenizer. Otherwise it may be left out; if it is
             given, it must be what the tokenizer has.
         sequence_length: S, positions in one row.
+        shards: Streams that the training documents are dealt out to; each is packed for itself and
+            fills an equal part of every batch. A process reads the shards that its rows come from:
+            with as many shards as processes, or a multiple, none is read twice. What a batch holds
+            depends on the number of shards, and not on that of processes.
         heldout_every: Document i of the sorted list is held out if i % heldout_every == 0. A
             tfds source that has a validation or test split uses that split in its place.
         cache_dir: Folder of trained tokenizers; empty: emoe_jax under $XDG_CACHE_HOME or ~/.cache.
@@ -48,6 +52,7 @@ class TextConfig:
     tokenizer: str = "bpe"
     vocab_size: int = 4096
     sequence_length: int = 256
+    shards: int = 1
     heldout_every: int = 20
     cache_dir: str = ""
     text_key: str = "text"
@@ -89,6 +94,7 @@ class TextConfig:
                 "special ids, 1 merge); raise it, or set data.tokenizer='bytes'"
             )
         _check_least("sequence_length", self.sequence_length, 2)
+        _check_least("shards", self.shards, 1)
         _check_least("heldout_every", self.heldout_every, 2)
         _check_least("heldout_documents", self.heldout_documents, 1)
         _check_least("tokenizer_documents", self.tokenizer_documents, 1)
@@ -114,6 +120,8 @@ class VisionConfig:
         flip: Whether half of the training images are mirrored left to right.
         mixup: α of the Beta(α, α) that mixes pairs of training images and their labels
             (arXiv 1710.09412); 0: none.
+        shards: Streams that the training images are dealt out to, as in `TextConfig`; images are
+            mixed with others of their shard.
         mean: Per channel, of pixels scaled to [0, 1]; empty: the source's own, 0.5 for tfds.
         std: Per channel, as `mean`.
         data_dir: Folder of the idx files; empty: $FASHION_MNIST_DIR or that of the Debian package
@@ -138,6 +146,7 @@ class VisionConfig:
     crop_padding: int = 0
     flip: bool = False
     mixup: float = 0.0
+    shards: int = 1
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     data_dir: str = ""
@@ -156,6 +165,7 @@ class VisionConfig:
         _check_least("image_size", self.image_size, 1)
         _check_least("classes", self.classes, 2)
         _check_least("crop_padding", self.crop_padding, 0)
+        _check_least("shards", self.shards, 1)
         if not 0 < self.crop_scale <= 1:
             raise ValueError(
                 f"data.crop_scale={self.crop_scale} must be above 0 and at most 1, the whole image"

@@ -59,7 +59,7 @@ class TokenisedDocuments:
         starts: [documents + 1] where each begins in `ids`.
         pieces: [documents + 1] number of the first piece of each.
         sequence_length: S.
-        seed: Seeds the offset of the cuts.
+        seed: Seeds the order of the pieces, the offset of the cuts and the order of the rows.
     """
 
     ids: np.ndarray
@@ -108,34 +108,24 @@ class TokenisedDocuments:
         return {"piece": np.stack([tokens, targets], -1)}
 
 
-def memory_rows(
-    documents: Sequence[np.ndarray],
-    *,
-    sequence_length: int,
-    seed: int,
-    process_index: int,
-    process_count: int,
-) -> grain.IterDataset:
+def memory_rows(documents: TokenisedDocuments, *, shard: int, shards: int) -> grain.IterDataset:
     """Endless packed rows of documents in memory; every epoch is shuffled and cut anew.
 
     Args:
-        documents: Each [L + 1] int32, framed by BOS and EOS.
-        sequence_length: S.
-        seed: Seed.
-        process_index: This process; of every `process_count` pieces it takes one.
-        process_count: Processes that share the pieces.
+        documents: The documents of all shards.
+        shard: Of every `shards` pieces this one takes one.
+        shards: Shards that the pieces are dealt out to.
 
     Returns:
         Rows as `pack` gives them.
     """
-    joined = TokenisedDocuments.join(documents, sequence_length, seed)
     pieces = (
-        shuffled_indices(int(joined.pieces[-1]), seed)
-        .map_with_index(joined.cut)
-        .slice(slice(process_index, None, process_count))
+        shuffled_indices(int(documents.pieces[-1]), documents.seed)
+        .map_with_index(documents.cut)
+        .slice(slice(shard, None, shards))
         .to_iter_dataset(_NO_THREADS)
     )
-    return pack(pieces, sequence_length, seed=seed, shuffle=True)
+    return pack(pieces, documents.sequence_length, seed=documents.seed, shuffle=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,8 +151,8 @@ def streamed_rows(
     *,
     sequence_length: int,
     seed: int,
-    process_index: int,
-    process_count: int,
+    shard: int,
+    shards: int,
 ) -> grain.IterDataset:
     """Endless packed rows of documents that are read and tokenised as they are needed.
 
@@ -174,8 +164,8 @@ def streamed_rows(
         tokenise: Maps a text to ids [L + 1] int32, framed by BOS and EOS.
         sequence_length: S.
         seed: Seed.
-        process_index: This process; of every `process_count` documents it takes one.
-        process_count: Processes that share the documents.
+        shard: Of every `shards` documents this one takes one.
+        shards: Shards that the documents are dealt out to.
 
     Returns:
         Rows as `pack` gives them.
@@ -189,7 +179,7 @@ def streamed_rows(
         .shuffle(seed)
         .repeat()
         .map_with_index(prepare)
-        .slice(slice(process_index, None, process_count))
+        .slice(slice(shard, None, shards))
         .to_iter_dataset(_READ)
     )
     pieces = grain_experimental.FlatMapIterDataset(documents, _CutDocument(sequence_length))

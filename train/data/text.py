@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
@@ -67,18 +67,17 @@ class TextData:
         return sum(len(ids) - 1 for documents in self._tokenised for ids in documents)
 
     def train_iterator(
-        self, batch: int, *, seed: int, process_index: int = 0, process_count: int = 1
-    ) -> grain.DatasetIterator:
+        self, batch: int, *, seed: int, rows: np.ndarray | None = None
+    ) -> shards.GlobalBatches:
         """Returns an endless iterator of training batches.
 
         Every epoch visits each piece once, in an order and with cuts of its own. Sources are mixed
-        row by row, by weight. Processes see disjoint parts of every epoch.
+        row by row, by weight. Data shards hold disjoint parts of every epoch.
 
         Args:
-            batch: Rows of the global batch; B = batch // process_count rows come from here.
+            batch: Rows of the global batch.
             seed: Seed, non-negative.
-            process_index: This process.
-            process_count: Processes that share the batch.
+            rows: Rows of the global batch that are wanted here, B of them, ascending; None: all.
 
         Returns:
             An iterator of dicts, all [B, S] int32: `tokens` (inputs), `targets` (the next token),
@@ -87,42 +86,39 @@ class TextData:
             continues with the very next batch. `close()` stops its thread.
 
         Raises:
-            ValueError: If the processes do not divide the batch, or the seed is negative.
+            ValueError: If the shards do not divide the batch, or the seed is negative.
         """
-        rows_here = shards.rows_per_process(batch, process_index, process_count)
         shards.check_seed(seed)
-        rows = [
-            self._rows(i, shards.derive_seed(seed, i), process_index, process_count)
-            for i in range(len(self._documents))
+        streams = [
+            self._stream(i, shards.derive_seed(seed, i)) for i in range(len(self._documents))
         ]
-        mixed = rows[0] if len(rows) == 1 else grain.IterDataset.mix(rows, self.config.weights)
-        batches = mixed.batch(rows_here, drop_remainder=True).map(packing.named_rows)
-        return iter(
-            grain_experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=_PREFETCH)
+
+        def open_shard(shard: int) -> grain.DatasetIterator:
+            parts = [stream(shard=shard, shards=self.config.shards) for stream in streams]
+            mixed = parts[0] if len(parts) == 1 else grain.IterDataset.mix(parts, weights)
+            batches = mixed.batch(batch // self.config.shards, drop_remainder=True)
+            named = batches.map(packing.named_rows)
+            ready = grain_experimental.ThreadPrefetchIterDataset(
+                named, prefetch_buffer_size=_PREFETCH
+            )
+            return iter(ready)
+
+        weights = self.config.weights
+        return shards.GlobalBatches(open_shard, batch=batch, shards=self.config.shards, rows=rows)
+
+    def _stream(self, source: int, seed: int) -> Callable[..., grain.IterDataset]:
+        """Returns what makes the endless packed rows of one source, given shard and shards."""
+        documents, S = self._documents[source], self.config.sequence_length
+        if not documents.streamed:
+            joined = packing.TokenisedDocuments.join(self._tokenised[source], S, seed)
+            return functools.partial(packing.memory_rows, joined)
+        tokenise = functools.partial(_frame, self.tokenizer)
+        return functools.partial(
+            packing.streamed_rows, documents.train, tokenise, sequence_length=S, seed=seed
         )
 
-    def _rows(
-        self, source: int, seed: int, process_index: int, process_count: int
-    ) -> grain.IterDataset:
-        """Returns the endless packed rows of one source."""
-        documents = self._documents[source]
-        keys = {
-            "sequence_length": self.config.sequence_length,
-            "seed": seed,
-            "process_index": process_index,
-            "process_count": process_count,
-        }
-        if not documents.streamed:
-            return packing.memory_rows(self._tokenised[source], **keys)
-        tokenise = functools.partial(_frame, self.tokenizer)
-        return packing.streamed_rows(documents.train, tokenise, **keys)
-
     def heldout_batches(
-        self,
-        batch: int,
-        *,
-        process_index: int = 0,
-        process_count: int = 1,
+        self, batch: int, *, rows: np.ndarray | None = None
     ) -> Iterator[dict[str, np.ndarray]]:
         """Yields batches that score every held-out target exactly once, always in the same order.
 
@@ -131,23 +127,21 @@ class TextData:
         least S // 2 positions of context. Windows that are short are packed together.
 
         Args:
-            batch: Rows of the global batch; B = batch // process_count rows come from here.
-            process_index: This process.
-            process_count: Processes that share the batch; all get the same number of batches.
+            batch: Rows of the global batch.
+            rows: As in `train_iterator`; the number of batches does not depend on it.
 
         Returns:
             An iterator of dicts as of `train_iterator`, with `scored` [B, S] bool: false for
             context and for padding. Rows that pad the last batch have segments 0.
 
         Raises:
-            ValueError: If the processes do not divide the batch.
+            ValueError: If there are no such rows.
         """
         S = self.config.sequence_length
-        rows_here = shards.rows_per_process(batch, process_index, process_count)
+        mine = shards.check_rows(batch, rows)
         stride = max(1, S // 2)
         batches = packing.heldout_rows(self._heldout, batch=batch, sequence_length=S, stride=stride)
-        mine = slice(process_index * rows_here, (process_index + 1) * rows_here)
-        return ({key: rows[mine] for key, rows in arrays.items()} for arrays in batches)
+        return ({key: array[mine] for key, array in arrays.items()} for arrays in batches)
 
 
 def load_text(config: TextConfig, *, tokenizer_path: pathlib.Path | None = None) -> TextData:

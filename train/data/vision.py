@@ -52,18 +52,17 @@ class VisionData:
         return len(self.source.heldout)
 
     def train_iterator(
-        self, batch: int, *, seed: int, process_index: int = 0, process_count: int = 1
-    ) -> grain.DatasetIterator:
+        self, batch: int, *, seed: int, rows: np.ndarray | None = None
+    ) -> shards.GlobalBatches:
         """Returns an endless iterator of augmented training batches.
 
         Every epoch visits each image once in an order of its own; batches run across the border of
-        two epochs. Processes see disjoint parts.
+        two epochs. Data shards hold disjoint parts.
 
         Args:
-            batch: Images of the global batch; B = batch // process_count come from here.
+            batch: Images of the global batch.
             seed: Seed, non-negative.
-            process_index: This process.
-            process_count: Processes that share the batch.
+            rows: Images of the global batch that are wanted here, B of them, ascending; None: all.
 
         Returns:
             An iterator of dicts: `images` [B, H, W, C] float32, normalised, and `labels` [B, N]
@@ -72,38 +71,41 @@ class VisionData:
             `close()` stops its threads.
 
         Raises:
-            ValueError: If the processes do not divide the batch, or the seed is negative.
+            ValueError: If the shards do not divide the batch, or the seed is negative.
         """
-        rows = shards.rows_per_process(batch, process_index, process_count)
         shards.check_seed(seed)
-        batches = (
-            shards.shuffled_indices(self.train_images, shards.derive_seed(seed, 0))
-            .slice(slice(process_index, None, process_count))
-            .batch(rows, drop_remainder=True, batch_fn=np.array)
-            .random_map(self._train_batch, seed=shards.derive_seed(seed, 1, process_index))
-        )
-        return iter(batches.to_iter_dataset(self._read_options()))
+        count = self.config.shards
+
+        def open_shard(shard: int) -> grain.DatasetIterator:
+            batches = (
+                shards.shuffled_indices(self.train_images, shards.derive_seed(seed, 0))
+                .slice(slice(shard, None, count))
+                .batch(batch // count, drop_remainder=True, batch_fn=np.array)
+                .random_map(self._train_batch, seed=shards.derive_seed(seed, 1, shard))
+            )
+            return iter(batches.to_iter_dataset(self._read_options()))
+
+        return shards.GlobalBatches(open_shard, batch=batch, shards=count, rows=rows)
 
     def heldout_batches(
-        self, batch: int, *, process_index: int = 0, process_count: int = 1
+        self, batch: int, *, rows: np.ndarray | None = None
     ) -> Iterator[dict[str, np.ndarray]]:
         """Yields all held-out images once, in the order of the source, without augmentation.
 
         Args:
-            batch: Images of the global batch; B = batch // process_count come from here.
-            process_index: This process.
-            process_count: Processes that share the batch; all get the same number of batches.
+            batch: Images of the global batch.
+            rows: As in `train_iterator`; the number of batches does not depend on it.
 
         Returns:
             An iterator of dicts: `images` [B, H, W, C] float32, normalised, `labels` [B, N] float32
             one-hot, and `scored` [B] bool, false for the rows (zeros) that pad the last batch.
 
         Raises:
-            ValueError: If the processes do not divide the batch.
+            ValueError: If there are no such rows.
         """
-        rows = shards.rows_per_process(batch, process_index, process_count)
+        mine = shards.check_rows(batch, rows)
         padded = -(-self.heldout_images // batch) * batch
-        numbers = np.arange(padded).reshape(-1, process_count, rows)[:, process_index]
+        numbers = np.arange(padded).reshape(-1, batch)[:, mine]
         batches = grain.MapDataset.source(list(numbers)).map(self._heldout_batch)
         return iter(batches.to_iter_dataset(self._read_options()))
 

@@ -1,0 +1,475 @@
+"""Several processes: who they are, what they agree on, and that they train what one would train."""
+
+import json
+import os
+import pathlib
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from emoe_jax.checkpoint import Checkpoints
+from tests.train.ports import free_port
+from tests.train.tiny import write_corpus
+from train import cluster
+from train.cluster import managed, place_of_flags, tpu_hosts
+from train.config import freeze
+from train.logs import read_metrics
+from train.rollcall import Place
+from train.run import build
+
+ROOT = pathlib.Path(__file__).parents[2]
+WAIT_S = 300
+
+# ------------------------------------------------------------------------------------ who is there
+
+
+def test_without_flags_and_environment_a_process_is_alone():
+    assert place_of_flags(None, None, None) is None
+    assert managed({}) == ""
+
+
+def test_flags_give_the_place():
+    assert place_of_flags("10.0.0.2:8476", 4, 3) == Place("10.0.0.2", 8476, 4, 3)
+    assert place_of_flags("[::1]:80", 1, 0) == Place("::1", 80, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (("h:1", None, None), r"--coordinator=h:1 needs --num_processes and --process_id too"),
+        ((None, 2, None), r"--num_processes=2 needs --coordinator and --process_id too"),
+        ((None, 2, 0), r"--num_processes=2 --process_id=0 needs --coordinator too"),
+        (("h:1", 2, 2), r"--process_id=2 must lie between 0 and num_processes - 1 = 1"),
+        (("h:1", 2, -1), r"--process_id=-1 must lie between 0 and"),
+        (("h:1", 0, 0), r"--num_processes=0 must be at least 1"),
+        (("h", 2, 0), r"--coordinator=h is not of the form HOST:PORT"),
+        ((":8476", 2, 0), r"--coordinator=:8476 is not"),
+        (("h:port", 2, 0), r"--coordinator=h:port is not"),
+        (("h:0", 2, 0), r"--coordinator=h:0 is not"),
+        (("h:65536", 2, 0), r"--coordinator=h:65536 is not"),
+    ],
+)
+def test_flags_that_are_incomplete_or_impossible_are_refused(given, words):
+    with pytest.raises(ValueError, match=words):
+        place_of_flags(*given)
+
+
+SLURM = {
+    "SLURM_JOB_ID": "70001",
+    "SLURM_STEP_NODELIST": "gpu[03-04,07]",
+    "SLURM_STEP_NUM_NODES": "3",
+    "SLURM_NTASKS": "6",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+}
+
+
+def test_a_slurm_step_of_several_tasks_is_found(monkeypatch):
+    assert managed(SLURM) == "slurm"
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    # JAX's port for a job: 61440 + 70001 % 4096.
+    assert cluster._ask_jax("slurm", 1) == (Place("gpu03", 61440 + 369, 6, 5), [1])
+
+
+def test_a_slurm_step_of_one_task_and_a_batch_script_are_alone():
+    assert managed(SLURM | {"SLURM_NTASKS": "1"}) == ""
+    script = {name: SLURM[name] for name in ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_PROCID")}
+    assert managed(script) == ""
+
+
+@pytest.fixture
+def libtpu(monkeypatch):
+    """A machine with libtpu and metadata that are given here."""
+    metadata = {"worker-network-endpoints": ""}
+    monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: name == "libtpu")
+    monkeypatch.setattr(cluster, "_metadata", metadata.__getitem__)
+    return metadata
+
+
+@pytest.mark.parametrize(
+    ("environ", "endpoints", "hosts"),
+    [
+        ({}, "", 0),
+        ({}, "10.0.0.2", 1),
+        ({}, "10.0.0.2,10.0.0.3", 2),
+        ({}, "unknown:x:10.0.0.2,unknown:y:10.0.0.3", 2),
+        ({"TPU_SKIP_MDS_QUERY": "1"}, "10.0.0.2,10.0.0.3", 0),
+        ({"TPU_WORKER_HOSTNAMES": "a,b,c,d"}, "", 4),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, "10.0.0.2,10.0.0.3", 1),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "MEGASCALE_NUM_SLICES": "2"}, "", 4),
+        ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, "", 2),
+        ({"JAX_PLATFORMS": "cpu", "TPU_WORKER_HOSTNAMES": "a,b"}, "10.0.0.2,10.0.0.3", 0),
+        ({"JAX_PLATFORMS": "tpu,cpu", "TPU_WORKER_HOSTNAMES": "a,b"}, "", 2),
+    ],
+)
+def test_hosts_of_a_tpu_slice_are_counted(libtpu, environ, endpoints, hosts):
+    libtpu["worker-network-endpoints"] = endpoints
+    assert tpu_hosts(environ) == hosts
+    assert managed(environ) == ("tpu" if hosts > 1 else "")
+    assert managed(environ | SLURM) == "slurm"
+
+
+def test_without_libtpu_nothing_is_asked(monkeypatch):
+    monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(cluster, "_metadata", lambda _: pytest.fail("asked"))
+    assert tpu_hosts({"TPU_WORKER_HOSTNAMES": "a,b"}) == 0
+
+
+def test_a_machine_outside_the_cloud_has_no_metadata(monkeypatch):
+    monkeypatch.setattr(cluster, "_METADATA", f"http://127.0.0.1:{free_port()}/")
+    assert cluster._metadata("worker-network-endpoints") == ""
+
+
+def test_a_place_that_jax_does_not_know_is_an_error(monkeypatch):
+    monkeypatch.setattr("jax._src.clusters.ClusterEnv._cluster_types", [])
+    with pytest.raises(ValueError, match=r"under tpu, but its place .* give --coordinator, --num"):
+        cluster._ask_jax("tpu", 1)
+
+
+# ------------------------------------------------------------------------------ what they agree on
+
+
+@pytest.fixture
+def three(monkeypatch):
+    """Process 0 of three, the others of which say what the test lets them."""
+    said: list[list[str]] = []
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    monkeypatch.setattr(cluster, "gather_texts", lambda text: [text, *said.pop(0)])
+    return said
+
+
+def fail(text: str) -> None:
+    raise FileNotFoundError(text)
+
+
+def test_one_failure_is_told_by_all_with_its_process(three):
+    three.append(["", "no data"])
+    with pytest.raises(ValueError, match=r"^no data \(in process 2 of 3\)$"):
+        cluster.together(lambda: 1)
+    three.append(["no data", "no data"])
+    with pytest.raises(ValueError, match=r"^no data$"):
+        cluster.together(lambda: fail("no data"))
+    three.append(["no disk", ""])
+    with pytest.raises(ValueError, match=r"^no data \(in process 0 of 3\); no disk \(in process 1"):
+        cluster.together(lambda: fail("no data"))
+    three.append(["", ""])
+    assert cluster.together(lambda: 1) == 1
+
+
+def test_what_is_no_bad_input_is_not_held_back(three):
+    with pytest.raises(ZeroDivisionError):
+        cluster.together(lambda: 1 // 0)
+
+
+def test_many_processes_are_counted_not_listed():
+    texts = ["", *["lost"] * 20]
+    words = "lost (in processes 1, 2, 3, 4, 5, 6, 7, 8 and 12 more of 21)"
+    assert cluster._joined(texts) == words
+
+
+def test_different_configurations_are_refused_with_their_hashes(three):
+    mine, other = {"steps": 1, "moe": {"experts": 4}}, {"steps": 1, "moe": {"experts": 8}}
+    three.append([json.dumps(mine), json.dumps(other)])
+    words = (
+        rf"{cluster.digest(mine)} in processes 0, 1; {cluster.digest(other)} in process 2; they"
+        r" differ in moe\.experts: 4 -> 8 \(process 0 -> another\); start all"
+    )
+    with pytest.raises(ValueError, match=words):
+        cluster.check_same(mine)
+    three.append([json.dumps(mine), json.dumps(mine)])
+    cluster.check_same(mine)
+
+
+# ------------------------------------------------------------------------ two processes on loopback
+
+
+class Runs(NamedTuple):
+    """A run of one process of eight devices, and the same of two processes of four each."""
+
+    one: pathlib.Path
+    two: pathlib.Path
+    steps_before: list[int]
+    out: str
+    err: str
+    absent: tuple[int, str, str]
+
+
+ENVIRONMENT = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "PYTHONPATH": str(ROOT),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+}
+
+
+@contextmanager
+def started(
+    commands: list[list[str]], folder: pathlib.Path, devices: int = 4, **environment: str
+) -> Iterator[list[subprocess.Popen[str]]]:
+    """Starts commands, each in a session of its own, and kills what is left of them."""
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
+    processes = []
+    try:
+        for command in commands:
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=ENVIRONMENT | {"XLA_FLAGS": flags, **cache} | environment,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
+            processes.append(process)
+        yield processes
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=WAIT_S)
+    return process.returncode, "\n".join(x for x in out.splitlines() if "[Gloo]" not in x), err
+
+
+def members(command: list[str]) -> list[list[str]]:
+    """The command of each of two processes."""
+    flags = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2"]
+    return [[*command, *flags, f"--process_id={i}"] for i in range(2)]
+
+
+def saved_steps(workdir: pathlib.Path) -> list[int]:
+    names = [path.name for path in (workdir / "checkpoints").glob("*")]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def tpu_command(**environment: str) -> list[str]:
+    """The command that launch/tpu_pod.sh runs on every host."""
+    script = [str(ROOT / "launch/tpu_pod.sh"), "--dry-run", "train", "--config.mesh.fsdp=2"]
+    done = subprocess.run(
+        [*script, "--config.mesh.expert=4"],
+        env=os.environ | {"TPU": "slice", "ZONE": "zone"} | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    (remote,) = [x for x in shlex.split(done.stdout) if x.startswith("--command=")]
+    words = shlex.split(remote)
+    return [sys.executable, *words[words.index(".venv/bin/python") + 1 :]]
+
+
+SRUN = """#!/bin/bash
+# Stands for SLURM's srun: two tasks on this machine.
+[[ $1 == --kill-on-bad-exit=1 ]] && shift
+export SLURM_STEP_NODELIST=localhost SLURM_STEP_NUM_NODES=1 SLURM_NTASKS=2
+for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & tasks[i]=$!; done
+wait "${tasks[0]}" && wait "${tasks[1]}"
+"""
+
+
+def slurm_command(folder: pathlib.Path) -> tuple[list[str], dict[str, str]]:
+    """launch/slurm.sbatch as a batch job runs it, on another mesh; and its environment."""
+    (folder / "bin").mkdir()
+    (folder / "bin/srun").write_text(SRUN)
+    (folder / "bin/srun").chmod(0o755)
+    mesh = ["--config.mesh.expert=4", "--config.mesh.tensor=2"]
+    environment = {
+        "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": str(free_port(61440, 65536) - 61440),
+        "PYTHON": sys.executable,
+        "CONFIG": str(folder / "experiment.py"),
+        "WORKDIR": str(folder / "two"),
+    }
+    return [str(ROOT / "launch/slurm.sbatch"), *mesh], environment
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Two processes train and are killed; another launch goes on, on another mesh."""
+    folder = tmp_path_factory.mktemp("cluster")
+    source = write_corpus(folder / "text")
+    keys: dict[str, Any] = {"steps": 12, "eval_every": 6, "checkpoint": {"every": 2}}
+    keys |= {"model": {"depth": 1}, "data": {"shards": 2}}
+    config = folder / "experiment.py"
+    config.write_text(
+        "from tests.train.tiny import lm_tree\n"
+        f"def get_config():\n    return lm_tree({source!r}, **{keys!r})\n"
+    )
+    one, two = folder / "one", folder / "two"
+    alone = [sys.executable, "-m", "train", f"--config={config}"]
+    command = tpu_command(CONFIG=str(config), WORKDIR=str(two))
+    with (
+        started([[*alone, f"--workdir={one}"]], folder, 8) as (single,),
+        started(members(command), folder) as (first, second),
+    ):
+        while not saved_steps(two):
+            assert first.poll() is second.poll() is None, [finish(p) for p in (first, second)]
+            time.sleep(0.01)
+        first.kill()
+        second.kill()
+        assert finish(single)[0] == 0
+    before = saved_steps(two)
+    command, environment = slurm_command(folder)
+    lonely = members([*alone, f"--workdir={folder / 'never'}", "--cluster_timeout=1"])[0]
+    with (
+        started([command], folder, **environment) as (batch,),
+        started([lonely], folder) as (waiting,),
+    ):
+        absent = finish(waiting)
+        code, out, err = finish(batch)
+    assert not (folder / "never").exists()
+    assert code == 0, err
+    return Runs(one, two, before, out, err, absent)
+
+
+def losses(workdir: pathlib.Path) -> dict[int, list[float]]:
+    names = ("train/loss", "train/grad_norm", "eval/loss", "router/layer_00/max_vio")
+    return {r["step"]: [r[name] for name in names if name in r] for r in read_metrics(workdir)}
+
+
+def test_two_processes_train_what_one_trains_over_a_kill_and_two_meshes(runs):
+    assert max(runs.steps_before) < 12
+    one, two = losses(runs.one), losses(runs.two)
+    assert list(one) == list(two) == list(range(1, 13))
+    assert len(one[6]) == len(one[12]) == 4
+    for step, expected in one.items():
+        np.testing.assert_allclose(two[step], expected, rtol=1e-5)
+
+
+def test_only_the_first_process_prints_and_writes_logs(runs):
+    out, err = runs.out, runs.err
+    assert out.count("step 12: held out") == out.count("run folder:") == 1
+    assert err.count("resuming") == err.count("/two/config.json") == 1
+    assert "mesh {'data': 1, 'fsdp': 1, 'expert': 4, 'tensor': 2} of cpu in 2 processes" in err
+    assert "some parts of the data are read by several" not in err
+    assert len(list(runs.two.glob("events.out.tfevents.*"))) == 2  # one for each launch
+    assert not list(runs.two.glob(".shared*"))
+    lines = (runs.two / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
+    assert steps == sorted(steps)
+    assert steps.count(12) == 2  # one line of training and one of evaluation
+
+
+def test_a_missing_process_ends_the_others_with_its_number(runs):
+    code, out, err = runs.absent
+    assert code == 2
+    assert err.startswith("error: 1 of 2 processes came within 1 s: missing 1; there are 0 (")
+    assert out == ""
+
+
+class Seen(NamedTuple):
+    """What two processes saw of the run of one, see cluster_worker.py."""
+
+    by: list[dict[str, Any]]
+    params: dict[str, np.ndarray]
+    ended: list[tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def seen(runs, tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    folder, port = tmp_path_factory.mktemp("worker"), free_port()
+    worker = [sys.executable, "-m", "tests.train.cluster_worker", str(port)]
+    commands = [[*worker, str(i), str(folder), str(runs.one)] for i in range(2)]
+    with started(commands, runs.one.parent) as processes:
+        ended = [finish(process) for process in processes]
+    files = [folder / f"seen_{i}.json" for i in range(2)]
+    assert all(file.is_file() for file in files), ended
+    by = [json.loads(file.read_text()) for file in files]
+    return Seen(by, dict(np.load(folder / "params.npz")), ended)
+
+
+def read(workdir: pathlib.Path) -> tuple[Any, Any]:
+    """The run in a folder and its last checkpoint, in this one process."""
+    run = build(freeze(json.loads((workdir / "config.json").read_text())), workdir)
+    with Checkpoints(workdir / "checkpoints", every=1, read_only=True) as checkpoints:
+        return run, checkpoints.restore(12, run.abstract)
+
+
+def test_checkpoints_of_one_process_are_read_by_two_to_the_bit(runs, seen):
+    run, found = read(runs.one)
+    expected = traverse_util.flatten_dict(found.train_state["params"], sep="|")
+    assert seen.params.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(seen.params[name], array)
+    batches = run.data.train_iterator(8, seed=0)
+    batches.set_state(found.data_state)
+    tokens = next(batches)["tokens"].tolist()
+    batches.close()
+    assert [each["tokens"] for each in seen.by] == [tokens[:4], tokens[4:]]
+    assert [each["shards"] for each in seen.by] == [["0"], ["1"]]
+
+
+def test_checkpoints_of_two_processes_are_read_by_one(runs):
+    """Bits are checked by the digests, which two processes took; the position is one's."""
+    _, of_one = read(runs.one)
+    _, of_two = read(runs.two)
+    assert of_two.data_state == of_one.data_state
+    assert of_two.meta == of_one.meta
+    leaves = zip(*map(jax.tree.leaves, (of_one.train_state, of_two.train_state)), strict=True)
+    for one, two in leaves:
+        np.testing.assert_allclose(np.asarray(one), np.asarray(two), rtol=1e-3, atol=1e-5)
+
+
+def test_two_processes_score_and_continue_as_one(runs, seen):
+    (last,) = [row for row in read_metrics(runs.one) if row["step"] == 12]
+    first, second = (each["scalars"] for each in seen.by)
+    assert first == second
+    for name in ("eval/loss", "eval/bits_per_byte", "eval/router/layer_00/max_vio"):
+        assert first[name] == pytest.approx(last[name], rel=1e-5)
+    assert seen.by[0]["text"] == seen.by[1]["text"] != ""
+
+
+def test_damage_that_one_process_reads_is_an_error_on_both(seen):
+    words = "step 12 could not be read: step hold other bits than were saved"
+    assert all(words in each["damage"] for each in seen.by)
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("batch", "batch=12 is not a multiple of 8 (8 shards of the mesh over 2 processes times"),
+        ("folder", "does not see within 0.3 s what process 0 wrote into --workdir="),
+        ("folder", "a mounted network file system (in process 1 of 2)"),
+        ("data", "text/*.txt"),
+        ("data", "(in process 1 of 2)"),
+    ],
+)
+def test_bad_input_of_one_process_is_an_error_on_both(seen, case, words):
+    assert words in seen.by[0][case]
+    assert words in seen.by[1][case] or case == "folder"
+    assert "in process 1 of 2" in seen.by[1][case] or case == "batch"
+
+
+def test_different_configurations_end_all_and_one_tells(seen):
+    (_, _, told), (_, _, silent) = seen.ended
+    assert told.count("error: the processes have different configurations: ") == 1
+    assert "they differ in steps: 24 -> 25 (process 0 -> another); start all of them" in told
+    assert "different configurations" not in silent
+
+
+def test_a_process_that_fails_alone_says_so_and_ends_the_other(seen):
+    (first, _, lost), (second, _, told) = seen.ended
+    assert "process 1 of 2: error: the disk of process 1 is gone\n" in told
+    assert "Traceback" not in told
+    assert (first != 0, second) == (True, 2), lost
+
+
+def test_each_process_feeds_the_rows_that_its_devices_hold(seen):
+    low, high, whole = [0, 1, 2, 3], [4, 5, 6, 7], list(range(8))
+    assert [each["rows"] for each in seen.by] == [
+        [low, low, low, whole],
+        [high, high, high, whole],
+    ]
