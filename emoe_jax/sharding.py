@@ -230,11 +230,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def check_batch(mesh: Mesh, batch: int, accumulate: int) -> None:
+def check_batch(mesh: Mesh | AbstractMesh, batch: int, accumulate: int) -> None:
     """Raises `ValueError` unless shards and microbatches divide the global batch."""
     shards = batch_shards(mesh)
     parts = shards * accumulate
-    processes = len({device.process_index for device in mesh.devices.flat})
+    processes = jax.process_count()
     over = f" over {processes} processes" if processes > 1 else ""
     require(
         batch % parts == 0,

@@ -42,8 +42,9 @@ def test_every_config_builds_a_model_with_a_place_for_every_array(name):
     model, params, router = pure.abstract_split(model_maker(config.model, config.seed))
     trained, _ = partition(params, config.optim.trainable)
     opt_state = jax.eval_shape(optimizer.init, trained)
-    make_steps(config, model, optimizer, opt_state)
-    places = sharding.shardings(mesh_of_one(config.mesh), {"params": params, "router": router})
+    mesh = mesh_of_one(config.mesh)
+    make_steps(config, mesh, model, optimizer, opt_state)
+    places = sharding.shardings(mesh, {"params": params, "router": router})
     assert len(jax.tree.leaves(places)) == len(jax.tree.leaves((params, router)))
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) > 1000
 

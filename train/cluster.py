@@ -225,6 +225,17 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def compile_together(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compiles, and returns when all processes have.
+
+    One that runs a program first waits for the others in its collectives, and on CPU gives up after
+    30 seconds if they still compile.
+    """
+    compiled = lowered.compile()
+    gather_texts("")
+    return compiled
+
+
 def together(function: Callable[[], T]) -> T:
     """Calls a function on every process; bad input that one of them finds ends all of them.
 

@@ -54,7 +54,7 @@ def compile_evaluate(run: Run) -> Evaluator:
     step = jax.jit(run.steps.evaluate, out_shardings=replicated(run.mesh)).lower(*inputs)
     sums = jax.eval_shape(run.steps.evaluate, *inputs)
     metrics = jax.jit(layer_metrics).lower(sums["aux"], jax.ShapeDtypeStruct((), np.float32))
-    return Evaluator(step.compile(), metrics.compile())
+    return Evaluator(cluster.compile_together(step), metrics.compile())
 
 
 def evaluate(run: Run, evaluator: Evaluator, state: Tree) -> tuple[Scalars, Rows]:

@@ -191,14 +191,14 @@ def _start(run: Run) -> Tree:
             LOGGER.warning(
                 "what optim.trainable leaves out stays as it is drawn: init_from is empty"
             )
-        return run.init()
+        return cluster.compile_together(run.init.lower())()
     # Read before `init` is compiled.
     taken, notes = initial_params(run)
     for note in notes:
         LOGGER.info("init_from: %s", note)
     check_frozen(run, taken)
     LOGGER.info("%s parameters start from %s", f"{_count(taken):,}", run.config.init_from)
-    state = run.init()
+    state = cluster.compile_together(run.init.lower())()
     return state | {"params": place_params(state["params"], taken)}
 
 
@@ -391,7 +391,7 @@ def _compile_train(run: Run, example: dict[str, np.ndarray]) -> Any:
     places = jax.tree.map(lambda leaf: leaf.sharding, run.abstract)
     step = jax.jit(run.steps.train, donate_argnums=0, out_shardings=(places, replicated(run.mesh)))
     batch = run.abstract_batch(example, run.config.batch)
-    return step.lower(run.abstract, batch, jax.eval_shape(run.key)).compile()
+    return cluster.compile_together(step.lower(run.abstract, batch, jax.eval_shape(run.key)))
 
 
 def _write_config(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> None:

@@ -51,7 +51,7 @@ class Run:
         model: the model without its arrays.
         abstract: the training state as `jax.ShapeDtypeStruct` with shardings.
         steps: one training and one evaluation step.
-        init: makes the training state from nothing, on its shardings.
+        init: makes the training state from nothing, on its shardings; a `jax.jit`.
     """
 
     config: ExperimentConfig
@@ -60,7 +60,7 @@ class Run:
     model: pure.Pure
     abstract: Tree
     steps: Steps
-    init: Callable[[], Tree]
+    init: Any
 
     @property
     def unit(self) -> str:

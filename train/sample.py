@@ -113,7 +113,8 @@ def continue_text(
         )
 
     inputs = {"params": prepared, "router": state["router"]}
-    drawn = draw(inputs, jnp.asarray(ids, jnp.int32), jax.random.key(seed)).tolist()
+    given = inputs, jnp.asarray(ids, jnp.int32), jax.random.key(seed)
+    drawn = cluster.compile_together(draw.lower(*given))(*given).tolist()
     end = tokenizer.eos_id
     return tokenizer.decode(drawn[: drawn.index(end)] if end in drawn else drawn)
 

@@ -1,0 +1,137 @@
+"""The rounds of an exchange of limited room: out, through the experts, and back.
+
+The first round is an ordinary function. Further ones run in a loop, none but for an overflow, and
+keep nothing for the backward pass but the inputs, which are kept anyway: they are run again there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from emoe_jax.dispatch import transport
+from emoe_jax.dispatch.dropless import group_by_expert
+from emoe_jax.dispatch.rows import collect_rows, spread_rows
+
+Array = jax.Array
+Weights = dict[str, Array]
+Experts = Callable[[Weights, Array, Array], Array]
+
+
+def one_round(
+    way: transport.Transport,
+    room: int,
+    apply: Experts,
+    plan: transport.Sorted,
+    turn: Any,
+    tokens: Array,
+    gates: Array,
+    weights: Weights,
+) -> Array:
+    """What round `turn` adds to the outputs, [T,D] float32."""
+    move = way.window(plan, room, turn)
+    with jax.named_scope("dispatch"):
+        rows = spread_rows(tokens, move.sources, move.places)
+    with jax.named_scope("exchange"):
+        rows = move.there(rows)
+    with jax.named_scope("experts"):
+        group = group_by_expert(move.arriving[:, None], plan.held)
+        rows = apply(weights, spread_rows(rows, group.sources, group.places), group.sizes)
+        rows = collect_rows(rows, group.places, group.sources)
+    with jax.named_scope("return"):
+        rows = move.back(rows)
+    with jax.named_scope("combine"):
+        gate = gates.reshape(-1).at[move.assignments].get(mode="fill", fill_value=0)
+        return collect_rows(rows.astype(jnp.float32) * gate[:, None], move.places, move.sources)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def all_rounds(
+    way: transport.Transport,
+    room: int,
+    apply: Experts,
+    plan: transport.Sorted,
+    rounds: Array,
+    inputs: tuple[Array, Array, Weights],
+) -> Array:
+    """Outputs [T,D] float32 of as many rounds as the group needs."""
+    first = one_round(way, room, apply, plan, 0, *inputs)
+    return _further(way, room, apply, plan, rounds, inputs, first)
+
+
+def _further(
+    way: transport.Transport,
+    room: int,
+    apply: Experts,
+    plan: transport.Sorted,
+    rounds: Array,
+    inputs: tuple[Array, Array, Weights],
+    out: Array,
+) -> Array:
+    def add(turn: Array, out: Array) -> Array:
+        return out + one_round(way, room, apply, plan, turn, *inputs)
+
+    return lax.fori_loop(1, rounds, add, out)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Input:
+    """In place of an array that a pull-back holds: it is the `number`-th leaf of the inputs."""
+
+    number: int
+
+
+def _is_input(leaf: Any) -> bool:
+    return isinstance(leaf, _Input)
+
+
+def _rounds_forward(
+    way: transport.Transport,
+    room: int,
+    apply: Experts,
+    plan: transport.Sorted,
+    rounds: Array,
+    inputs: tuple[Array, Array, Weights],
+) -> tuple[Array, Any]:
+    """Keeps what the first round's backward pass needs; further rounds keep their inputs alone."""
+    first, pull = jax.vjp(partial(one_round, way, room, apply, plan, 0), *inputs)
+    out = _further(way, room, apply, plan, rounds, inputs, first)
+    # The inputs that `pull` holds are kept once, with the others.
+    leaves, tree = jax.tree.flatten(pull)
+    numbers = {id(leaf): number for number, leaf in enumerate(jax.tree.leaves(inputs))}
+    own = [_Input(numbers[id(leaf)]) if id(leaf) in numbers else leaf for leaf in leaves]
+    return out, (jax.tree.unflatten(tree, own), plan, rounds, inputs)
+
+
+def _rounds_backward(
+    way: transport.Transport, room: int, apply: Experts, saved: Any, cotangent: Array
+) -> tuple[Any, Any, Any]:
+    held, plan, rounds, inputs = saved
+    leaves, tree = jax.tree.flatten(held, is_leaf=_is_input)
+    given = jax.tree.leaves(inputs)
+    pull = jax.tree.unflatten(
+        tree, [given[leaf.number] if _is_input(leaf) else leaf for leaf in leaves]
+    )
+
+    def add(turn: Array, gradients: Any) -> Any:
+        _, pull = jax.vjp(partial(one_round, way, room, apply, plan, turn), *inputs)
+        return jax.tree.map(jnp.add, gradients, pull(cotangent))
+
+    gradients = lax.fori_loop(1, rounds, add, pull(cotangent))
+    none = jax.tree.map(_no_gradient, (plan, rounds))
+    return (*none, gradients)
+
+
+def _no_gradient(indices: Array) -> Any:
+    return np.zeros(indices.shape, jax.dtypes.float0)
+
+
+all_rounds.defvjp(_rounds_forward, _rounds_backward)
