@@ -1,8 +1,9 @@
-"""What test_cluster.py runs in each of two processes: python -m tests.train.cluster_worker ...
+"""What test_cluster.py runs in each of two processes: python -m tests.train.cluster_worker FLAGS.
 
-Everything that only several processes show and that needs no start of its own. Writes what it has
-seen to seen_<process>.json, and the parameters that it has restored to params.npz. Then process 1
-fails alone, in the middle of what process 0 does.
+Everything that only several processes show and that needs no start of its own. In --folder lie
+`text`, the documents, and the runs `one` and `two`. Goes on with `two`, reads a checkpoint of
+`one`, writes what it has seen to seen_<process>.json and the restored parameters to params.npz. At
+the end process 1 fails alone, in the middle of what process 0 does.
 """
 
 import contextlib
@@ -34,31 +35,24 @@ MESH = {"expert": 4, "tensor": 2}
 """Four devices of each process: experts 0 and 1 live in the first, 2 and 3 in the second."""
 
 
-def main(port: str, process: str, folder: str, one: str) -> None:
-    """Looks at a run of one process from two.
-
-    Args:
-        port: of the coordinator.
-        process: this one.
-        folder: to write to.
-        one: the folder of the run, beside the folder `text` of its documents.
-    """
-    jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(process))
-    run_folder, out = pathlib.Path(one), pathlib.Path(folder)
-    seen = restored(run_folder, out) | refusals(run_folder, out)
-    seen["rows"] = rows()
-    (out / f"seen_{process}.json").write_text(json.dumps(seen))
-    different(run_folder, out)
+def main(folder: pathlib.Path) -> None:
+    """Does all of it."""
+    tree = json.loads((folder / "one/config.json").read_text())
+    resumed = lm_tree(tree["data"]["sources"][0])
+    resumed.update(tree | {"mesh": tree["mesh"] | MESH})
+    cli._run_on_several(lambda argv: train(resumed, folder / "two"), [])
+    seen = restored(folder, tree) | refusals(folder) | {"rows": rows()}
+    (folder / f"seen_{jax.process_index()}.json").write_text(json.dumps(seen))
+    different(folder)
     cluster.FAILED_MS = 500
     cli._run_on_several(fail_in_second, [])
 
 
-def restored(run_folder: pathlib.Path, out: pathlib.Path) -> dict[str, Any]:
-    """What two processes read of a checkpoint of one."""
-    tree = json.loads((run_folder / "config.json").read_text())
+def restored(folder: pathlib.Path, tree: dict[str, Any]) -> dict[str, Any]:
+    """What two processes read of a checkpoint of one; its experts exchange tokens between them."""
     changed = {"mesh": tree["mesh"] | MESH, "moe": tree["moe"] | {"dispatch": "dropless"}}
-    run = build(freeze(tree | changed), run_folder)
-    with Checkpoints(run_folder / "checkpoints", every=1, read_only=True) as checkpoints:
+    run = build(freeze(tree | changed), folder / "one")
+    with Checkpoints(folder / "one/checkpoints", every=1, read_only=True) as checkpoints:
         step = checkpoints.latest_step()
         assert step is not None
         found = checkpoints.restore(step, run.abstract)
@@ -66,7 +60,7 @@ def restored(run_folder: pathlib.Path, out: pathlib.Path) -> dict[str, Any]:
     state = found.train_state
     arrays = multihost_utils.process_allgather(state["params"], tiled=True)
     if cluster.is_first():
-        np.savez(out / "params.npz", **traverse_util.flatten_dict(arrays, sep="|"))
+        np.savez(folder / "params.npz", **traverse_util.flatten_dict(arrays, sep="|"))
     assert found.data_state is not None
     batches = run.data.train_iterator(
         run.config.batch, seed=run.config.seed, rows=run.rows(run.config.batch)
@@ -99,28 +93,26 @@ def damaged(restore: Callable[[], Any]) -> str:
         emoe_jax.checkpoint.digests = digests
 
 
-def refusals(run_folder: pathlib.Path, out: pathlib.Path) -> dict[str, str]:
+def refusals(folder: pathlib.Path) -> dict[str, str]:
     """What the program says to bad input, of which process 1 has some alone."""
-    second = not cluster.is_first()
-    source = f"files:{run_folder.parent}/text/*.txt"
-    good = lm_tree(source)
+    source = f"files:{folder}/text/*.txt"
+    own = folder / f"own_{jax.process_index()}"
     cluster.SHARED_S = 0.3
     told = {
-        "batch": message(lambda: train(lm_tree(source, batch=12), out / "b")),
-        "folder": message(lambda: train(good, out / f"own_{int(second)}")),
+        "batch": message(lambda: train(lm_tree(source, batch=12), folder / "b")),
+        "folder": message(lambda: train(lm_tree(source), own)),
     }
-    os.chdir(run_folder.parent if cluster.is_first() else out)
-    told["data"] = message(lambda: train(lm_tree("files:text/*.txt"), out / "c"))
+    os.chdir(folder if cluster.is_first() else folder / "one")
+    told["data"] = message(lambda: train(lm_tree("files:text/*.txt"), folder / "c"))
     return told
 
 
-def different(run_folder: pathlib.Path, out: pathlib.Path) -> None:
+def different(folder: pathlib.Path) -> None:
     """Ends the program as the command line does where configurations differ."""
-    source = f"files:{run_folder.parent}/text/*.txt"
-    tree = lm_tree(source, steps=24 if cluster.is_first() else 25)
+    tree = lm_tree(f"files:{folder}/text/*.txt", steps=24 if cluster.is_first() else 25)
     with contextlib.suppress(SystemExit):
-        cli._run_on_several(lambda argv: train(tree, out / "d"), [])
-    assert not (out / "d").exists()
+        cli._run_on_several(lambda argv: train(tree, folder / "d"), [])
+    assert not (folder / "d").exists()
 
 
 def message(call: Callable[[], Any]) -> str:
@@ -147,6 +139,10 @@ def fail_in_second(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    cli._log_to_stderr()
+    cluster.define_flags()
     flags.DEFINE_bool("trace", False, "As in train.cli.run.")
-    flags.FLAGS(["cluster_worker"])
-    main(*sys.argv[1:])
+    flags.DEFINE_string("folder", None, "See above.", required=True)
+    flags.FLAGS(sys.argv)
+    cluster.join(os.environ)
+    main(pathlib.Path(flags.FLAGS.folder))

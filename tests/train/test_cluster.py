@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import shlex
 import signal
 import subprocess
 import sys
@@ -41,6 +40,8 @@ def test_without_flags_and_environment_a_process_is_alone():
 def test_flags_give_the_place():
     assert place_of_flags("10.0.0.2:8476", 4, 3) == Place("10.0.0.2", 8476, 4, 3)
     assert place_of_flags("[::1]:80", 1, 0) == Place("::1", 80, 1, 0)
+    assert Place("::1", 80, 1, 0).address == "[::1]:80"
+    assert Place("h", 80, 1, 0).address == "h:80"
 
 
 @pytest.mark.parametrize(
@@ -195,14 +196,19 @@ def test_different_configurations_are_refused_with_their_hashes(three):
 
 
 class Runs(NamedTuple):
-    """A run of one process of eight devices, and the same of two processes of four each."""
+    """A run of one process of eight devices, and the same of two processes of four each.
+
+    The latter was begun by launch/slurm.sbatch, killed, and ended by cluster_worker.py.
+    """
 
     one: pathlib.Path
     two: pathlib.Path
     steps_before: list[int]
-    out: str
-    err: str
+    begun: tuple[int, str, str]
     absent: tuple[int, str, str]
+    ended: list[tuple[int, str, str]]
+    seen: list[dict[str, Any]]
+    params: dict[str, np.ndarray]
 
 
 ENVIRONMENT = os.environ | {
@@ -256,36 +262,20 @@ def saved_steps(workdir: pathlib.Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def tpu_command(**environment: str) -> list[str]:
-    """The command that launch/tpu_pod.sh runs on every host."""
-    script = [str(ROOT / "launch/tpu_pod.sh"), "--dry-run", "train", "--config.mesh.fsdp=2"]
-    done = subprocess.run(
-        [*script, "--config.mesh.expert=4"],
-        env=os.environ | {"TPU": "slice", "ZONE": "zone"} | environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    (remote,) = [x for x in shlex.split(done.stdout) if x.startswith("--command=")]
-    words = shlex.split(remote)
-    return [sys.executable, *words[words.index(".venv/bin/python") + 1 :]]
-
-
 SRUN = """#!/bin/bash
 # Stands for SLURM's srun: two tasks on this machine.
 [[ $1 == --kill-on-bad-exit=1 ]] && shift
 export SLURM_STEP_NODELIST=localhost SLURM_STEP_NUM_NODES=1 SLURM_NTASKS=2
-for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & tasks[i]=$!; done
-wait "${tasks[0]}" && wait "${tasks[1]}"
+for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & done
+wait
 """
 
 
 def slurm_command(folder: pathlib.Path) -> tuple[list[str], dict[str, str]]:
-    """launch/slurm.sbatch as a batch job runs it, on another mesh; and its environment."""
+    """launch/slurm.sbatch as a batch job runs it, and its environment."""
     (folder / "bin").mkdir()
     (folder / "bin/srun").write_text(SRUN)
     (folder / "bin/srun").chmod(0o755)
-    mesh = ["--config.mesh.expert=4", "--config.mesh.tensor=2"]
     environment = {
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
         "SLURM_JOB_ID": str(free_port(61440, 65536) - 61440),
@@ -293,12 +283,13 @@ def slurm_command(folder: pathlib.Path) -> tuple[list[str], dict[str, str]]:
         "CONFIG": str(folder / "experiment.py"),
         "WORKDIR": str(folder / "two"),
     }
+    mesh = ["--config.mesh.fsdp=2", "--config.mesh.expert=4"]
     return [str(ROOT / "launch/slurm.sbatch"), *mesh], environment
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Two processes train and are killed; another launch goes on, on another mesh."""
+    """Two processes train and are killed; two others go on, on another mesh, and look around."""
     folder = tmp_path_factory.mktemp("cluster")
     source = write_corpus(folder / "text")
     keys: dict[str, Any] = {"steps": 12, "eval_every": 6, "checkpoint": {"every": 2}}
@@ -310,29 +301,32 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     )
     one, two = folder / "one", folder / "two"
     alone = [sys.executable, "-m", "train", f"--config={config}"]
-    command = tpu_command(CONFIG=str(config), WORKDIR=str(two))
+    command, environment = slurm_command(folder)
     with (
         started([[*alone, f"--workdir={one}"]], folder, 8) as (single,),
-        started(members(command), folder) as (first, second),
+        started([command], folder, **environment) as (batch,),
     ):
         while not saved_steps(two):
-            assert first.poll() is second.poll() is None, [finish(p) for p in (first, second)]
+            assert batch.poll() is None, finish(batch)
             time.sleep(0.01)
-        first.kill()
-        second.kill()
+        os.killpg(batch.pid, signal.SIGKILL)
+        begun = finish(batch)
         assert finish(single)[0] == 0
     before = saved_steps(two)
-    command, environment = slurm_command(folder)
+    worker = [sys.executable, "-m", "tests.train.cluster_worker", f"--folder={folder}"]
     lonely = members([*alone, f"--workdir={folder / 'never'}", "--cluster_timeout=1"])[0]
     with (
-        started([command], folder, **environment) as (batch,),
+        started(members(worker), folder) as processes,
         started([lonely], folder) as (waiting,),
     ):
         absent = finish(waiting)
-        code, out, err = finish(batch)
+        ended = [finish(process) for process in processes]
     assert not (folder / "never").exists()
-    assert code == 0, err
-    return Runs(one, two, before, out, err, absent)
+    files = [folder / f"seen_{i}.json" for i in range(2)]
+    assert all(file.is_file() for file in files), ended
+    seen = [json.loads(file.read_text()) for file in files]
+    params = dict(np.load(folder / "params.npz"))
+    return Runs(one, two, before, begun, absent, ended, seen, params)
 
 
 def losses(workdir: pathlib.Path) -> dict[int, list[float]]:
@@ -350,11 +344,15 @@ def test_two_processes_train_what_one_trains_over_a_kill_and_two_meshes(runs):
 
 
 def test_only_the_first_process_prints_and_writes_logs(runs):
-    out, err = runs.out, runs.err
-    assert out.count("step 12: held out") == out.count("run folder:") == 1
-    assert err.count("resuming") == err.count("/two/config.json") == 1
-    assert "mesh {'data': 1, 'fsdp': 1, 'expert': 4, 'tensor': 2} of cpu in 2 processes" in err
+    _, _, err = runs.begun  # of both processes
+    assert err.count("/two/config.json") == 1
+    assert "mesh {'data': 1, 'fsdp': 2, 'expert': 4, 'tensor': 1} of cpu in 2 processes" in err
     assert "some parts of the data are read by several" not in err
+    (_, out, err), (_, silent, quiet) = runs.ended
+    assert out.count("step 12: held out") == out.count("run folder:") == 1
+    assert err.count("resuming") == 1
+    assert "step 12: held out" not in silent
+    assert "resuming" not in quiet
     assert len(list(runs.two.glob("events.out.tfevents.*"))) == 2  # one for each launch
     assert not list(runs.two.glob(".shared*"))
     lines = (runs.two / "metrics.jsonl").read_text().splitlines()
@@ -370,27 +368,6 @@ def test_a_missing_process_ends_the_others_with_its_number(runs):
     assert out == ""
 
 
-class Seen(NamedTuple):
-    """What two processes saw of the run of one, see cluster_worker.py."""
-
-    by: list[dict[str, Any]]
-    params: dict[str, np.ndarray]
-    ended: list[tuple[int, str, str]]
-
-
-@pytest.fixture(scope="module")
-def seen(runs, tmp_path_factory: pytest.TempPathFactory) -> Seen:
-    folder, port = tmp_path_factory.mktemp("worker"), free_port()
-    worker = [sys.executable, "-m", "tests.train.cluster_worker", str(port)]
-    commands = [[*worker, str(i), str(folder), str(runs.one)] for i in range(2)]
-    with started(commands, runs.one.parent) as processes:
-        ended = [finish(process) for process in processes]
-    files = [folder / f"seen_{i}.json" for i in range(2)]
-    assert all(file.is_file() for file in files), ended
-    by = [json.loads(file.read_text()) for file in files]
-    return Seen(by, dict(np.load(folder / "params.npz")), ended)
-
-
 def read(workdir: pathlib.Path) -> tuple[Any, Any]:
     """The run in a folder and its last checkpoint, in this one process."""
     run = build(freeze(json.loads((workdir / "config.json").read_text())), workdir)
@@ -398,18 +375,18 @@ def read(workdir: pathlib.Path) -> tuple[Any, Any]:
         return run, checkpoints.restore(12, run.abstract)
 
 
-def test_checkpoints_of_one_process_are_read_by_two_to_the_bit(runs, seen):
+def test_checkpoints_of_one_process_are_read_by_two_to_the_bit(runs):
     run, found = read(runs.one)
     expected = traverse_util.flatten_dict(found.train_state["params"], sep="|")
-    assert seen.params.keys() == expected.keys()
+    assert runs.params.keys() == expected.keys()
     for name, array in expected.items():
-        np.testing.assert_array_equal(seen.params[name], array)
+        np.testing.assert_array_equal(runs.params[name], array)
     batches = run.data.train_iterator(8, seed=0)
     batches.set_state(found.data_state)
     tokens = next(batches)["tokens"].tolist()
     batches.close()
-    assert [each["tokens"] for each in seen.by] == [tokens[:4], tokens[4:]]
-    assert [each["shards"] for each in seen.by] == [["0"], ["1"]]
+    assert [each["tokens"] for each in runs.seen] == [tokens[:4], tokens[4:]]
+    assert [each["shards"] for each in runs.seen] == [["0"], ["1"]]
 
 
 def test_checkpoints_of_two_processes_are_read_by_one(runs):
@@ -423,18 +400,18 @@ def test_checkpoints_of_two_processes_are_read_by_one(runs):
         np.testing.assert_allclose(np.asarray(one), np.asarray(two), rtol=1e-3, atol=1e-5)
 
 
-def test_two_processes_score_and_continue_as_one(runs, seen):
+def test_two_processes_score_and_continue_as_one(runs):
     (last,) = [row for row in read_metrics(runs.one) if row["step"] == 12]
-    first, second = (each["scalars"] for each in seen.by)
+    first, second = (each["scalars"] for each in runs.seen)
     assert first == second
     for name in ("eval/loss", "eval/bits_per_byte", "eval/router/layer_00/max_vio"):
         assert first[name] == pytest.approx(last[name], rel=1e-5)
-    assert seen.by[0]["text"] == seen.by[1]["text"] != ""
+    assert runs.seen[0]["text"] == runs.seen[1]["text"] != ""
 
 
-def test_damage_that_one_process_reads_is_an_error_on_both(seen):
+def test_damage_that_one_process_reads_is_an_error_on_both(runs):
     words = "step 12 could not be read: step hold other bits than were saved"
-    assert all(words in each["damage"] for each in seen.by)
+    assert all(words in each["damage"] for each in runs.seen)
 
 
 @pytest.mark.parametrize(
@@ -447,29 +424,29 @@ def test_damage_that_one_process_reads_is_an_error_on_both(seen):
         ("data", "(in process 1 of 2)"),
     ],
 )
-def test_bad_input_of_one_process_is_an_error_on_both(seen, case, words):
-    assert words in seen.by[0][case]
-    assert words in seen.by[1][case] or case == "folder"
-    assert "in process 1 of 2" in seen.by[1][case] or case == "batch"
+def test_bad_input_of_one_process_is_an_error_on_both(runs, case, words):
+    assert words in runs.seen[0][case]
+    assert words in runs.seen[1][case] or case == "folder"
+    assert "in process 1 of 2" in runs.seen[1][case] or case == "batch"
 
 
-def test_different_configurations_end_all_and_one_tells(seen):
-    (_, _, told), (_, _, silent) = seen.ended
+def test_different_configurations_end_all_and_one_tells(runs):
+    (_, _, told), (_, _, silent) = runs.ended
     assert told.count("error: the processes have different configurations: ") == 1
     assert "they differ in steps: 24 -> 25 (process 0 -> another); start all of them" in told
     assert "different configurations" not in silent
 
 
-def test_a_process_that_fails_alone_says_so_and_ends_the_other(seen):
-    (first, _, lost), (second, _, told) = seen.ended
+def test_a_process_that_fails_alone_says_so_and_ends_the_other(runs):
+    (first, _, lost), (second, _, told) = runs.ended
     assert "process 1 of 2: error: the disk of process 1 is gone\n" in told
     assert "Traceback" not in told
     assert (first != 0, second) == (True, 2), lost
 
 
-def test_each_process_feeds_the_rows_that_its_devices_hold(seen):
+def test_each_process_feeds_the_rows_that_its_devices_hold(runs):
     low, high, whole = [0, 1, 2, 3], [4, 5, 6, 7], list(range(8))
-    assert [each["rows"] for each in seen.by] == [
+    assert [each["rows"] for each in runs.seen] == [
         [low, low, low, whole],
         [high, high, high, whole],
     ]
