@@ -86,7 +86,7 @@ def join(environ: Mapping[str, str]) -> None:
         return
     meet(place, args.cluster_timeout)
     jax.distributed.initialize(
-        f"{place.host}:{place.port}",
+        place.address,
         place.count,
         place.index,
         local_device_ids=devices,
@@ -188,7 +188,8 @@ def _ask_jax(kind: str, timeout_s: float) -> tuple[Place, list[int] | None]:
             " unknown; give --coordinator, --num_processes and --process_id"
         )
     host, _, port = address.rpartition(":")
-    return Place(host, int(port), count, index), None if devices is None else list(devices)
+    place = Place(host.strip("[]"), int(port), count, index)
+    return place, None if devices is None else list(devices)
 
 
 def failed_alike(text: str) -> str | None:

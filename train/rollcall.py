@@ -40,6 +40,11 @@ class Place:
     count: int
     index: int
 
+    @property
+    def address(self) -> str:
+        """HOST:PORT."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
 
 def meet(place: Place, timeout_s: float) -> None:
     """Returns once all processes have called this.
@@ -114,7 +119,7 @@ def judge(greetings: list[dict[str, Any]], place: Place, timeout_s: float) -> di
 def _report(place: Place, timeout_s: float) -> Mapping[str, Any]:
     """The other processes: find process 0, report, and wait for what it says."""
     deadline = time.monotonic() + timeout_s
-    where = f"process 0 at {place.host}:{place.port}"
+    where = f"process 0 at {place.address}"
     while True:
         left = deadline - time.monotonic()
         try:
