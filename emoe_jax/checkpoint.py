@@ -19,6 +19,7 @@ in messages. Empty dicts are allowed and not compared.
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import os
@@ -254,7 +255,7 @@ class Checkpoints:
         filled = jax.tree.map_with_path(
             lambda path, _: arrays["/".join(part.key for part in path)], abstract
         )
-        return Restored(filled, None if partial else run["data_state"], run["meta"])
+        return Restored(filled, None if partial else _positions(run["data_state"]), run["meta"])
 
     def wait(self) -> None:
         """Waits until the save in progress is complete.
@@ -400,6 +401,16 @@ def _whole(data_state: Mapping[str, Any]) -> Tree:
                 )
             owner.setdefault(shard, process)
     return whole
+
+
+def _positions(stored: Tree | list[str]) -> Tree:
+    """Positions by shard, also of a checkpoint from before there were shards.
+
+    Those hold one position for each process, JSON in base64; process i read what is shard i now.
+    """
+    if isinstance(stored, dict):
+        return stored
+    return {str(i): json.loads(base64.b64decode(text)) for i, text in enumerate(stored)}
 
 
 def _first_line(error: Exception) -> str:

@@ -174,6 +174,22 @@ def replaced(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, An
     return dict(copy)
 
 
+def filled(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of config.json's tree, with the defaults of keys that are younger than it.
+
+    Raises:
+        ValueError: an unknown task.
+    """
+    return _merged(experiment(tree.get("task", "")).to_dict(), tree)
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of one tree over another."""
+    tree = dict(below) | dict(above)
+    both = [k for k in below.keys() & above.keys() if isinstance(below[k], dict)]
+    return tree | {name: _merged(below[name], above[name]) for name in both}
+
+
 def flat_keys(config: config_dict.ConfigDict) -> list[str]:
     """Dotted names of all values."""
     return list(_flatten(config.to_dict()))
@@ -230,9 +246,15 @@ def digest(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(to_json(config).encode()).hexdigest()[:16]
 
 
-def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Lines "key: old -> new" for the values in which two trees differ."""
-    old, new = _flatten(json.loads(to_json(before))), _flatten(json.loads(to_json(after)))
+def changed_keys(
+    before: Mapping[str, Any], after: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Lines "key: old -> new" for the values in which two trees differ.
+
+    `defaults` hold for keys that `before` lacks, which are younger than it.
+    """
+    least, old, new = (_flatten(json.loads(to_json(t or {}))) for t in (defaults, before, after))
+    old = least | old
     names = sorted(old.keys() | new.keys())
     return [f"{n}: {old.get(n)!r} -> {new.get(n)!r}" for n in names if old.get(n) != new.get(n)]
 

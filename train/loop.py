@@ -211,7 +211,11 @@ def _resume(run: Run, checkpoints: Checkpoints, step: int, batches: Any) -> Tree
         " more, or use another --workdir",
     )
     restored = checkpoints.restore(step, run.abstract)
-    changed = changed_keys(restored.meta, identity(run.config))
+    # A key that did not exist when the run began has the value that changes nothing, its default.
+    plain = dataclasses.replace(
+        run.config, model=type(run.config.model)(), data=type(run.config.data)()
+    )
+    changed = changed_keys(restored.meta, identity(run.config), identity(plain))
     require(
         not changed,
         f"{workdir} holds a run of another model or of other data, in which its weights and its"

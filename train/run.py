@@ -26,7 +26,15 @@ from emoe_jax.models import EMoELM, EMoEViT
 from emoe_jax.multihost import gather_texts
 from emoe_jax.optim import make_optimizer, partition
 from train import cluster
-from train.config import ExperimentConfig, freeze, replaced, to_json, vit_from_tree, with_vocab
+from train.config import (
+    ExperimentConfig,
+    filled,
+    freeze,
+    replaced,
+    to_json,
+    vit_from_tree,
+    with_vocab,
+)
 from train.data.config import TextConfig
 from train.data.text import TextData, load_text
 from train.data.vision import VisionData, load_vision
@@ -220,14 +228,17 @@ def open_checkpoints(run: Run, workdir: pathlib.Path) -> Checkpoints:
 
 
 def read_config(file: pathlib.Path) -> dict[str, Any]:
-    """The keys in a config.json.
+    """The keys in a config.json, and the defaults of those that are younger than it.
 
     Raises:
         ValueError: the file is damaged.
     """
+    return filled(_read_tree(file))
+
+
+def _read_tree(file: pathlib.Path) -> dict[str, Any]:
     try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-        return dict(tree)
+        return dict(json.loads(file.read_text(encoding="utf-8")))
     except ValueError as error:
         raise ValueError(
             f"{file} is no JSON object ({error}); delete it and start the training again, which"
@@ -318,7 +329,7 @@ def read_model_config(folder: pathlib.Path) -> ViTConfig:
         ValueError: it holds a language model.
     """
     if (folder / MODEL_FILE).is_file():
-        return vit_from_tree(read_config(folder / MODEL_FILE))
+        return vit_from_tree(_read_tree(folder / MODEL_FILE))
     model = freeze(read_config(folder / CONFIG_FILE)).model
     if not isinstance(model, ViTConfig):
         raise ValueError(f"{folder} is a run of task='lm'; name one of task='vit'")

@@ -29,8 +29,10 @@ from train.collectives import collectives
 
 # 8 tokens on each of 4 devices, 16 assignments, 4 for each device; width 4.
 SHAPE = Shape(T=32, D=4, F=6, K=2, E=8, X=4, dtype="float32", buffer_factor=1.25)
-# Each device gathers 8 counts of 3 others; sums of 3 scalars over 4 devices, 6 bytes each.
-COUNTS = 3 * 8 * 4 + 3 * 6
+# Sums of 3 scalars over 4 devices, 6 bytes each: dropped, overflows, exchanges.
+SUMS = 3 * 6
+# Each device gathers 8 counts of 3 others, and the number of rounds is agreed.
+COUNTS = 3 * 8 * 4 + 6 + SUMS
 
 
 MESH = AbstractMesh((1, 1, 4, 1), AXES, axis_types=(AxisType.Auto,) * 4)
@@ -66,7 +68,7 @@ def test_bytes_by_hand():
     assert moved(f"{RAGGED}, emulated") == (once + COUNTS, once, once, 2 * once)
     # 8 tokens of 3 others, there and back; choices and gates, and the gates' gradients.
     once, choices = 2 * 3 * 8 * 16, 3 * 8 * 2 * 4
-    assert moved("all_gather") == (once + 2 * choices + 18, once + choices, 0, 0)
+    assert moved("all_gather") == (once + 2 * choices + SUMS, once + choices, 0, 0)
 
 
 def test_bfloat16_moves_half_but_for_sums(monkeypatch):
@@ -74,7 +76,7 @@ def test_bfloat16_moves_half_but_for_sums(monkeypatch):
     rows = table(dataclasses.replace(SHAPE, dtype="bfloat16"))
     # Outputs are summed in float32, and so are their cotangents gathered.
     assert rows["all_gather", "forward"]["balanced_bytes"] == 192
-    assert rows["all_gather", "forward"]["moved_bytes"] == 3 * 8 * (8 + 16) + 384 + 18
+    assert rows["all_gather", "forward"]["moved_bytes"] == 3 * 8 * (8 + 16) + 384 + SUMS
     assert rows["all_gather", "backward"]["moved_bytes"] == 3 * 8 * (16 + 8) + 192
 
 

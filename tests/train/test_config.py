@@ -15,6 +15,7 @@ from train.config import (
     changed_keys,
     digest,
     experiment,
+    filled,
     flat_keys,
     freeze,
     replaced,
@@ -178,6 +179,14 @@ def test_configurations_are_frozen_values():
     assert CheckpointConfig() == CheckpointConfig(every=200)
     with pytest.raises(ValueError, match="is not below steps=5"):
         ExperimentConfig("lm", LMConfig(), TextConfig(), steps=5)
+
+
+def test_younger_keys_have_their_defaults():
+    whole = experiment("lm", moe={"experts": 16}).to_dict()
+    old = experiment("lm", moe={"experts": 16}).to_dict()
+    del old["moe"]["exchange"], old["mesh"], old["accumulate"]
+    assert filled(old) == whole
+    assert "mesh" not in old
 
 
 def test_replaced_sets_dotted_keys_of_a_copy():

@@ -168,7 +168,7 @@ def test_a_model_without_experts_says_so(backbone, tmp_path, one_device, lines):
 
 def test_freezing_what_is_drawn_is_pointed_out(tmp_path, one_device, lines):
     run = build(freeze(adapter("")), tmp_path)
-    assert loop._start(dataclasses.replace(run, init=lambda: {})) == {}
+    assert loop._start(dataclasses.replace(run, init=jax.jit(dict))) == {}
     assert lines() == ["what optim.trainable leaves out stays as it is drawn: init_from is empty"]
 
 
