@@ -195,7 +195,7 @@ def rows_sent(shape: Shape) -> int:
     def sent(experts: Array) -> Array:
         plan = transport.sort_assignments(experts, shape.E)
         window = transport.ragged_window(plan, room, 0)
-        leaves = window.places < assignments
+        leaves = window.leaving.places < assignments
         return jnp.sum(leaves & (experts // plan.held != plan.me))
 
     experts = balanced_choices(shape).reshape(shape.X, -1, shape.K)

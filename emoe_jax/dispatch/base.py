@@ -21,13 +21,14 @@ class Groups(NamedTuple):
         rows: [E,C,D], C slots for every expert; or [M,D], sorted by expert, where group sizes vary.
         sizes: [E] int32, rows of each expert that hold a token. In the [M,D] form the rows beyond
             their sum hold nothing, and the experts' output there must be zero.
-        weights: the gate of each row, float32, of the shape of `rows` without D.
+        gates: float32, as `combine` takes them: [T,K] where tokens choose experts, [E,C] where
+            experts choose tokens, [E,T] where every expert sees every token.
         plan: what the dispatcher's own `combine` needs.
         dropped: [] float32, assignments of real tokens that found no slot.
     """
 
     rows: Array
     sizes: Array
-    weights: Array
+    gates: Array
     plan: Any
     dropped: Array

@@ -15,17 +15,10 @@ import jax.numpy as jnp
 
 from emoe_jax.dispatch.base import Groups
 from emoe_jax.dispatch.dropless import sort_by_expert
-from emoe_jax.dispatch.rows import collect_rows, spread_rows
+from emoe_jax.dispatch.rows import Layout, combine_rows, spread_rows
 from emoe_jax.routers.base import ExpertChoice, Routing
 
 Array = jax.Array
-
-
-class Slots(NamedTuple):
-    """Plan of token choice: `places` [T,K] and `sources` [E·C], see `rows`."""
-
-    places: Array
-    sources: Array
 
 
 class Chosen(NamedTuple):
@@ -64,16 +57,16 @@ def dispatch(
     C = slots(T, K, E, capacity_factor)
     experts = jnp.where(mask[:, None], routing.indices, E)
     order, slot, sizes = _slots_in_order(experts, E, C)
-    token = order % T
-    sources = jnp.full((E * C,), T, jnp.int32).at[slot].set(token, mode="drop")
-    assignment = jnp.full((E * C,), T * K, jnp.int32).at[slot].set(order, mode="drop")
-    places = jnp.zeros((T * K,), jnp.int32).at[order].set(slot).reshape(K, T).T
-    weights = routing.weights.T.reshape(-1).at[assignment].get(mode="fill", fill_value=0)
+    assignment = order % T * K + order // T
+    layout = Layout(
+        places=jnp.zeros((T * K,), jnp.int32).at[assignment].set(slot).reshape(T, K),
+        assignments=jnp.full((E * C,), T * K, jnp.int32).at[slot].set(assignment, mode="drop"),
+    )
     return Groups(
-        spread_rows(tokens, sources, places).reshape(E, C, D),
+        spread_rows(tokens, layout).reshape(E, C, D),
         jnp.minimum(sizes, C),
-        weights.reshape(E, C),
-        Slots(places, sources),
+        routing.weights,
+        layout,
         jnp.sum(jnp.maximum(sizes - C, 0), dtype=jnp.float32),
     )
 
@@ -119,11 +112,11 @@ def _take_chosen(tokens: Array, routing: ExpertChoice, mask: Array) -> Groups:
 def combine(outputs: Array, groups: Groups) -> Array:
     """Weighs the outputs [E,C,D] by their gates and sums them by token to [T,D], in float32."""
     E, C, D = outputs.shape
-    weighted = outputs.astype(jnp.float32) * groups.weights[..., None]
-    weighted = weighted.reshape(E * C, D)
     plan = groups.plan
-    if isinstance(plan, Chosen):
-        T = plan.mask.shape[0]
-        total = jnp.zeros((T, D), jnp.float32).at[plan.tokens.reshape(-1)].add(weighted)
-        return total.astype(outputs.dtype)
-    return collect_rows(weighted, plan.places, plan.sources).astype(outputs.dtype)
+    if isinstance(plan, Layout):
+        rows = outputs.reshape(E * C, D)
+        return combine_rows(rows, groups.gates, plan).astype(outputs.dtype)
+    weighted = outputs.astype(jnp.float32) * groups.gates[..., None]
+    total = jnp.zeros((plan.mask.shape[0], D), jnp.float32)
+    total = total.at[plan.tokens.reshape(-1)].add(weighted.reshape(E * C, D))
+    return total.astype(outputs.dtype)

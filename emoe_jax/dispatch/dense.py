@@ -41,7 +41,5 @@ def dense_weights(routing: Routing | ExpertChoice) -> Array:
 
 def combine(outputs: Array, groups: Groups) -> Array:
     """Σ_e weights[e,t] outputs[e,t] in float32: [E,T,D] to [T,D]."""
-    total = jnp.einsum(
-        "etd,et->td", outputs.astype(jnp.float32), groups.weights, precision="highest"
-    )
+    total = jnp.einsum("etd,et->td", outputs.astype(jnp.float32), groups.gates, precision="highest")
     return total.astype(outputs.dtype)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from emoe_jax.dispatch.base import Groups
-from emoe_jax.dispatch.rows import collect_rows, spread_rows
+from emoe_jax.dispatch.rows import Layout, combine_rows, spread_rows
 from emoe_jax.routers.base import ExpertChoice, Routing
 
 Array = jax.Array
@@ -38,36 +38,34 @@ NO_CHOICES = (
 
 
 class Grouping(NamedTuple):
-    """Assignments [T,K] sorted by expert.
+    """Assignments [T,K] sorted by expert, in T·K rows; those that go nowhere come last.
 
     Attributes:
-        order: [T·K] int32, the assignments by expert; those that go nowhere come last.
-        places: [T,K] int32, where in `order` each stands; T·K, nowhere, for those.
-        sources: [T·K] int32, the token of each; T for those.
-        sizes: [E] int32, assignments of each expert.
+        layout: the row of each assignment.
+        sizes: [E] int32, rows of each expert.
     """
 
-    order: Array
-    places: Array
-    sources: Array
+    layout: Layout
     sizes: Array
 
 
 def group_by_expert(experts: Array, count: int) -> Grouping:
-    """Sorts assignments by expert, for `rows`.
+    """Sorts assignments by expert.
 
     Args:
         experts: [T,K] int32; `count` for nowhere.
         count: E.
     """
-    T, K = experts.shape
-    flat = experts.reshape(-1)
-    order, _, sizes = sort_by_expert(flat, count)
-    steps = jnp.arange(T * K, dtype=jnp.int32)
-    places = jnp.zeros_like(order).at[order].set(steps, unique_indices=True)
-    places = jnp.where(flat < count, places, T * K).reshape(T, K)
-    sources = jnp.where(steps < jnp.sum(sizes), order // K, T)
-    return Grouping(order, places, sources, sizes)
+    order, _, sizes = sort_by_expert(experts.reshape(-1), count)
+    places = jnp.where(experts < count, ranks(order).reshape(experts.shape), order.size)
+    held = jnp.arange(order.size, dtype=jnp.int32) < jnp.sum(sizes)
+    return Grouping(Layout(places, jnp.where(held, order, order.size)), sizes)
+
+
+def ranks(order: Array) -> Array:
+    """[A] int32, where each assignment stands in `order` [A]: the inverse permutation."""
+    steps = jnp.arange(order.size, dtype=jnp.int32)
+    return jnp.zeros_like(order).at[order].set(steps, unique_indices=True)
 
 
 def dispatch(
@@ -90,18 +88,11 @@ def dispatch(
     if isinstance(routing, ExpertChoice):
         raise ValueError(NO_CHOICES)
     E = routing.probs.shape[-1]
-    group = group_by_expert(jnp.where(mask[:, None], routing.indices, E), E)
-    return Groups(
-        spread_rows(tokens, group.sources, group.places),
-        group.sizes,
-        routing.weights.reshape(-1)[group.order],
-        (group.places, group.sources),
-        jnp.zeros((), jnp.float32),
-    )
+    layout, sizes = group_by_expert(jnp.where(mask[:, None], routing.indices, E), E)
+    none = jnp.zeros((), jnp.float32)
+    return Groups(spread_rows(tokens, layout), sizes, routing.weights, layout, none)
 
 
 def combine(outputs: Array, groups: Groups) -> Array:
     """Weighs the outputs [T·K,D] by their gates and sums each token's K to [T,D], in float32."""
-    weighted = outputs.astype(jnp.float32) * groups.weights[:, None]
-    places, sources = groups.plan
-    return collect_rows(weighted, places, sources).astype(outputs.dtype)
+    return combine_rows(outputs, groups.gates, groups.plan).astype(outputs.dtype)

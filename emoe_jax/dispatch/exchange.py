@@ -32,8 +32,8 @@ from emoe_jax.dispatch import transport
 from emoe_jax.dispatch.capacity import keep_within, slots
 from emoe_jax.dispatch.dense import dense_weights
 from emoe_jax.dispatch.dropless import NO_CHOICES, group_by_expert
-from emoe_jax.dispatch.rounds import Experts, Weights, all_rounds, one_round
-from emoe_jax.dispatch.rows import collect_rows, spread_rows
+from emoe_jax.dispatch.rounds import Experts, Method, Weights, all_rounds, one_round
+from emoe_jax.dispatch.rows import combine_rows, spread_rows
 from emoe_jax.routers.base import ExpertChoice, Routing
 from emoe_jax.sharding import AXES, BATCH_AXES, RULES, batch_shards, spec
 
@@ -260,29 +260,29 @@ def _chunk(
         return _all_gather(tokens, experts, gates, weights, apply, config), zero, zero
     plan = transport.sort_assignments(experts, config.experts)
     way = transport.TRANSPORTS[name]
-    room = way.room(tokens.shape[0] * config.top_k, X, config.buffer_factor)
+    method = Method(way, way.room(experts.shape[0] * config.top_k, X, config.buffer_factor), apply)
+    own = way.rounds(plan, method.room)
     # Agreed by all groups: collectives in loops of different lengths are not safe everywhere.
-    rounds = lax.pmax(way.rounds(plan, room), AXES)
-    overflowed = (way.rounds(plan, room) > 1).astype(jnp.float32)
+    rounds = lax.pmax(own, AXES)
+    overflowed = (own > 1).astype(jnp.float32)
     inputs = (tokens, gates, weights)
     if config.on_overflow == "drop":
-        dropped = way.overflow(plan, room).astype(jnp.float32)
-        return one_round(way, room, apply, plan, 0, *inputs), dropped, overflowed
-    return all_rounds(way, room, apply, plan, rounds, inputs), zero, overflowed
+        dropped = way.overflow(plan, method.room).astype(jnp.float32)
+        return one_round(method, plan, 0, *inputs), dropped, overflowed
+    return all_rounds(method, plan, rounds, inputs), zero, overflowed
 
 
 def _local(
     tokens: Array, experts: Array, gates: Array, weights: Weights, apply: Experts, count: int
 ) -> Array:
     """Tokens [T,D] through those of their K experts that are here, 0 to count-1: [T,D] float32."""
-    group = group_by_expert(experts, count)
+    layout, sizes = group_by_expert(experts, count)
     with jax.named_scope("dispatch"):
-        rows = spread_rows(tokens, group.sources, group.places)
+        rows = spread_rows(tokens, layout)
     with jax.named_scope("experts"):
-        rows = apply(weights, rows, group.sizes)
+        rows = apply(weights, rows, sizes)
     with jax.named_scope("combine"):
-        weighted = rows.astype(jnp.float32) * gates.reshape(-1)[group.order][:, None]
-        return collect_rows(weighted, group.places, group.sources)
+        return combine_rows(rows, gates, layout)
 
 
 def _all_gather(

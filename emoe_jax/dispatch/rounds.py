@@ -9,26 +9,37 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from emoe_jax.dispatch import transport
 from emoe_jax.dispatch.dropless import group_by_expert
-from emoe_jax.dispatch.rows import collect_rows, spread_rows
+from emoe_jax.dispatch.rows import collect_rows, combine_rows, no_gradient, spread_rows
 
 Array = jax.Array
 Weights = dict[str, Array]
 Experts = Callable[[Weights, Array, Array], Array]
 
 
+class Method(NamedTuple):
+    """What a round is: nothing of it is traced.
+
+    Attributes:
+        way: how rows move.
+        room: of one round, in rows, see `transport.Transport`.
+        apply: the experts.
+    """
+
+    way: transport.Transport
+    room: int
+    apply: Experts
+
+
 def one_round(
-    way: transport.Transport,
-    room: int,
-    apply: Experts,
+    method: Method,
     plan: transport.Sorted,
     turn: Any,
     tokens: Array,
@@ -36,47 +47,41 @@ def one_round(
     weights: Weights,
 ) -> Array:
     """What round `turn` adds to the outputs, [T,D] float32."""
-    move = way.window(plan, room, turn)
+    move = method.way.window(plan, method.room, turn)
     with jax.named_scope("dispatch"):
-        rows = spread_rows(tokens, move.sources, move.places)
+        rows = spread_rows(tokens, move.leaving)
     with jax.named_scope("exchange"):
         rows = move.there(rows)
     with jax.named_scope("experts"):
-        group = group_by_expert(move.arriving[:, None], plan.held)
-        rows = apply(weights, spread_rows(rows, group.sources, group.places), group.sizes)
-        rows = collect_rows(rows, group.places, group.sources)
+        layout, sizes = group_by_expert(move.arriving[:, None], plan.held)
+        rows = method.apply(weights, spread_rows(rows, layout), sizes)
+        rows = collect_rows(rows, layout)
     with jax.named_scope("return"):
         rows = move.back(rows)
     with jax.named_scope("combine"):
-        gate = gates.reshape(-1).at[move.assignments].get(mode="fill", fill_value=0)
-        return collect_rows(rows.astype(jnp.float32) * gate[:, None], move.places, move.sources)
+        return combine_rows(rows, gates, move.leaving)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def all_rounds(
-    way: transport.Transport,
-    room: int,
-    apply: Experts,
+    method: Method,
     plan: transport.Sorted,
     rounds: Array,
     inputs: tuple[Array, Array, Weights],
 ) -> Array:
     """Outputs [T,D] float32 of as many rounds as the group needs."""
-    first = one_round(way, room, apply, plan, 0, *inputs)
-    return _further(way, room, apply, plan, rounds, inputs, first)
+    return _further(method, plan, rounds, inputs, one_round(method, plan, 0, *inputs))
 
 
 def _further(
-    way: transport.Transport,
-    room: int,
-    apply: Experts,
+    method: Method,
     plan: transport.Sorted,
     rounds: Array,
     inputs: tuple[Array, Array, Weights],
     out: Array,
 ) -> Array:
     def add(turn: Array, out: Array) -> Array:
-        return out + one_round(way, room, apply, plan, turn, *inputs)
+        return out + one_round(method, plan, turn, *inputs)
 
     return lax.fori_loop(1, rounds, add, out)
 
@@ -94,16 +99,14 @@ def _is_input(leaf: Any) -> bool:
 
 
 def _rounds_forward(
-    way: transport.Transport,
-    room: int,
-    apply: Experts,
+    method: Method,
     plan: transport.Sorted,
     rounds: Array,
     inputs: tuple[Array, Array, Weights],
 ) -> tuple[Array, Any]:
     """Keeps what the first round's backward pass needs; further rounds keep their inputs alone."""
-    first, pull = jax.vjp(partial(one_round, way, room, apply, plan, 0), *inputs)
-    out = _further(way, room, apply, plan, rounds, inputs, first)
+    first, pull = jax.vjp(partial(one_round, method, plan, 0), *inputs)
+    out = _further(method, plan, rounds, inputs, first)
     # The inputs that `pull` holds are kept once, with the others.
     leaves, tree = jax.tree.flatten(pull)
     numbers = {id(leaf): number for number, leaf in enumerate(jax.tree.leaves(inputs))}
@@ -111,9 +114,7 @@ def _rounds_forward(
     return out, (jax.tree.unflatten(tree, own), plan, rounds, inputs)
 
 
-def _rounds_backward(
-    way: transport.Transport, room: int, apply: Experts, saved: Any, cotangent: Array
-) -> tuple[Any, Any, Any]:
+def _rounds_backward(method: Method, saved: Any, cotangent: Array) -> tuple[Any, Any, Any]:
     held, plan, rounds, inputs = saved
     leaves, tree = jax.tree.flatten(held, is_leaf=_is_input)
     given = jax.tree.leaves(inputs)
@@ -122,16 +123,11 @@ def _rounds_backward(
     )
 
     def add(turn: Array, gradients: Any) -> Any:
-        _, pull = jax.vjp(partial(one_round, way, room, apply, plan, turn), *inputs)
+        _, pull = jax.vjp(partial(one_round, method, plan, turn), *inputs)
         return jax.tree.map(jnp.add, gradients, pull(cotangent))
 
     gradients = lax.fori_loop(1, rounds, add, pull(cotangent))
-    none = jax.tree.map(_no_gradient, (plan, rounds))
-    return (*none, gradients)
-
-
-def _no_gradient(indices: Array) -> Any:
-    return np.zeros(indices.shape, jax.dtypes.float0)
+    return no_gradient(plan), no_gradient(rounds), gradients
 
 
 all_rounds.defvjp(_rounds_forward, _rounds_backward)

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from emoe_jax.dispatch.dropless import sort_by_expert
+from emoe_jax.dispatch.dropless import ranks, sort_by_expert
+from emoe_jax.dispatch.rows import Layout, no_gradient
 from emoe_jax.sharding import AXES
 
 Array = jax.Array
@@ -73,17 +73,13 @@ class Window(NamedTuple):
     """What one round moves: S rows leave this device, R rows arrive.
 
     Attributes:
-        sources: [S] int32, the token of each row that leaves; T for none.
-        assignments: [S] int32, its assignment; A for none.
-        places: [T,K] int32, the row of each assignment, S where it does not go in this round.
+        leaving: which of the S rows holds which assignment.
         arriving: [R] int32, which of this device's experts each arriving row is for; E/X for none.
         there: moves rows [S,D] to [R,D]; linear.
         back: moves rows [R,D] to [S,D]; its transpose.
     """
 
-    sources: Array
-    assignments: Array
-    places: Array
+    leaving: Layout
     arriving: Array
     there: Callable[[Array], Array]
     back: Callable[[Array], Array]
@@ -92,11 +88,10 @@ class Window(NamedTuple):
 def sort_assignments(experts: Array, count: int) -> Sorted:
     """Sorts the assignments [T,K] of this device by expert and gathers everybody's counts."""
     order, _, sizes = sort_by_expert(experts.reshape(-1), count)
-    steps = jnp.arange(order.size, dtype=jnp.int32)
-    position = jnp.zeros_like(order).at[order].set(steps, unique_indices=True)
+    position = ranks(order).reshape(experts.shape)
     counts = lax.all_gather(sizes, AXIS)
     me = lax.axis_index(AXIS).astype(jnp.int32)
-    return Sorted(order, position.reshape(experts.shape), experts, counts, me)
+    return Sorted(order, position, experts, counts, me)
 
 
 class Transport(NamedTuple):
@@ -151,15 +146,12 @@ def fixed_window(plan: Sorted, slots: int, turn: Array | int) -> Window:
         mode="promise_in_bounds"
     )
     assignments = jnp.where(leaves, order, A).reshape(-1)
-    T, K = plan.experts.shape
     peer = jnp.minimum(plan.experts // plan.held, devices - 1)
     slot = plan.position - begin[peer] - first
     goes = (plan.experts < count) & (slot >= 0) & (slot < slots)
     move = partial(_swap, devices)
     return Window(
-        sources=jnp.where(assignments < A, assignments // K, T),
-        assignments=assignments,
-        places=jnp.where(goes, peer * slots + slot, devices * slots),
+        leaving=Layout(jnp.where(goes, peer * slots + slot, devices * slots), assignments),
         arriving=_arriving(plan, rank[None, :].repeat(devices, 0)).reshape(-1),
         there=move,
         back=move,
@@ -244,7 +236,6 @@ def ragged_window(plan: Sorted, room: int, turn: Array | int) -> Window:
     The queue of a device holds the lists of device 0, 1, ... one after the other.
     """
     devices, count = plan.counts.shape
-    T, K = plan.experts.shape
     A, volume = plan.order.size, plan.volume
     first = jnp.asarray(turn, jnp.int32) * room
     before = jnp.cumsum(volume, axis=0, dtype=jnp.int32) - volume  # [X,X] place in the queue
@@ -265,9 +256,7 @@ def ragged_window(plan: Sorted, room: int, turn: Array | int) -> Window:
     mine = lax.dynamic_slice_in_dim(plan.counts, me * plan.held, plan.held, axis=1)
     index = first + jnp.arange(room, dtype=jnp.int32)
     return Window(
-        sources=jnp.where(leaves, plan.order // K, T),
-        assignments=jnp.where(leaves, plan.order, A),
-        places=jnp.where(goes, plan.position, A),
+        leaving=Layout(jnp.where(goes, plan.position, A), jnp.where(leaves, plan.order, A)),
         arriving=jnp.where(index < jnp.sum(mine), _expert_at(mine, index), plan.held),
         there=lambda rows: _ragged(room, rows, going, coming),
         back=lambda rows: _ragged(A, rows, coming, going),
@@ -288,8 +277,7 @@ def _ragged_forward(length: int, rows: Array, going: Offsets, coming: Offsets) -
 
 def _ragged_backward(length: int, saved: Any, cotangent: Array) -> Any:
     sent, going, coming = saved
-    none = jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), going)
-    return _ragged(sent, cotangent, coming, going), none, none
+    return _ragged(sent, cotangent, coming, going), no_gradient(going), no_gradient(coming)
 
 
 _ragged.defvjp(_ragged_forward, _ragged_backward)

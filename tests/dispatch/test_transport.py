@@ -51,15 +51,16 @@ def window_of(name):
         plan = transport.sort_assignments(experts, E)
         window = way.window(plan, room, turn)
         # Each row carries its assignment and its device, both counted from 1.
-        labels = jnp.stack([window.assignments + 1, jnp.full_like(window.assignments, plan.me + 1)])
-        labels = jnp.where(window.assignments < A, labels, 0).T.astype(jnp.float32)
+        own = window.leaving.assignments
+        labels = jnp.stack([own + 1, jnp.full_like(own, plan.me + 1)])
+        labels = jnp.where(own < A, labels, 0).T.astype(jnp.float32)
         there = window.there(labels)
         return {
             "rounds": way.rounds(plan, room),
             "overflow": way.overflow(plan, room),
-            "sources": window.sources,
-            "assignments": window.assignments,
-            "places": window.places,
+            "sources": window.leaving.sources,
+            "assignments": own,
+            "places": window.leaving.places,
             "arriving": window.arriving,
             "labels": labels,
             "there": there,
