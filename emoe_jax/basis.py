@@ -6,6 +6,9 @@ makes qf one function on full-rank matrices, continuous and differentiable there
 optimizer step the weight is replaced by its own Q (`optim.retract_bases`), so its condition number
 is one whenever it is factorised.
 
+Beside these learned bases there are tracked ones, which follow the principal subspace of what
+passes by (`follow`), and the whitening of projections on a basis (`whitener`).
+
 All functions take leading axes, so that the bases of all layers are prepared in one call.
 """
 
@@ -23,8 +26,8 @@ from emoe_jax.config import BASIS_METHODS, require, require_choice
 Array = jax.Array
 Tree = Any
 
-BASIS_KEY = "basis"
-"""Name under which every module keeps its basis weight [...,D,R] in the tree of parameters."""
+BASIS_KEYS = ("basis", "directions")
+"""Names under which modules keep weights [...,D,R] with orthonormal columns among parameters."""
 
 _HIGHEST = lax.Precision.HIGHEST
 
@@ -105,7 +108,7 @@ def orthonormalize(weight: Array, method: str = "qr") -> Array:
 
 def is_basis(path: tuple[Any, ...]) -> bool:
     """Whether a path of `jax.tree_util` ends in a basis weight."""
-    return bool(path) and getattr(path[-1], "key", None) == BASIS_KEY
+    return bool(path) and getattr(path[-1], "key", None) in BASIS_KEYS
 
 
 def map_bases(function: Callable[[Array], Array], tree: Tree) -> Tree:
@@ -123,7 +126,7 @@ def prepare_bases(params: Tree, method: str = "qr") -> Tree:
     it once. With "retraction" it is the identity: the optimizer keeps the weight orthonormal.
 
     Args:
-        params: nested dict of arrays; leaves named "basis" [...,D,R].
+        params: nested dict of arrays; leaves named in `BASIS_KEYS` [...,D,R].
         method: see `orthonormalize`.
 
     Returns:
@@ -156,6 +159,63 @@ def prepare_in_pass(weight: Array, method: str = "qr") -> Array:
 def orthonormality_error(basis: Array) -> Array:
     """Largest |QᵀQ - I| of a basis [...,D,R], shape [...]."""
     return jnp.max(jnp.abs(_gram_gap(basis)), axis=(-2, -1))
+
+
+RIDGE = 1e-3
+"""Added to every eigenvalue, as a share of their mean: what whitening may amplify is bounded."""
+
+TINY = 1e-12
+"""Added as well, so that nothing is divided by the zero variance of constant tokens."""
+
+
+def follow(image: Array, basis: Array) -> Array:
+    """The next basis of a tracked principal subspace: one orthogonal iteration, without spin.
+
+    With the image V = ΣQ of a basis Q under a covariance Σ, the span of V is nearer to the
+    principal subspace of Σ than that of Q (Golub and Van Loan, Matrix Computations, section 8.2.4).
+    Of its orthonormal bases this is the one nearest to Q (orthogonal Procrustes), so that
+    directions do not turn within the subspace from step to step. Directions without variance stay.
+
+    Args:
+        image: V [...,D,R] float32.
+        basis: Q [...,D,R], orthonormal.
+
+    Returns:
+        [...,D,R], orthonormal.
+    """
+    # V has tr(QᵀΣQ) on the diagonal of QᵀV: a share of it keeps directions without variance.
+    trace = jnp.sum(image * basis, axis=(-2, -1), keepdims=True)
+    floor = RIDGE * jnp.abs(trace) / basis.shape[-1] + TINY
+    span = qr(image + floor * basis)
+    overlap = jnp.einsum("...dr,...ds->...rs", span, basis, precision=_HIGHEST)
+    left, _, right = jnp.linalg.svd(overlap)
+    turn = jnp.einsum("...rs,...st->...rt", left, right, precision=_HIGHEST)
+    turned = jnp.einsum("...dr,...rs->...ds", span, turn, precision=_HIGHEST)
+    # One Newton-Schulz step takes the rounding of the products out, which steps would add up.
+    polish = -0.5 * _gram_gap(turned)
+    return turned + jnp.einsum("...dr,...rs->...ds", turned, polish, precision=_HIGHEST)
+
+
+def whitener(covariance: Array, power: float) -> tuple[Array, Array]:
+    """The matrix that divides projections by a power of their covariance.
+
+    With C = UΛUᵀ and λ̃ = λ + 10⁻³ mean λ it is U diag(λ̃^-α) Uᵀ / sqrt(mean λ̃^(1-2α)), so that the
+    result has unit variance on average over its directions. α = 1/2 whitens fully, α = 0 only
+    scales. By `eigh`, which is stable where C is singular and takes any power.
+
+    Args:
+        covariance: C [...,R,R] float32, symmetric.
+        power: α.
+
+    Returns:
+        The matrix [...,R,R], and the eigenvalues λ [...,R], ascending and not below zero.
+    """
+    values, vectors = jnp.linalg.eigh(covariance)
+    values = jnp.maximum(values, 0.0)
+    damped = values + RIDGE * jnp.mean(values, axis=-1, keepdims=True) + TINY
+    scale = jnp.mean(damped ** (1.0 - 2.0 * power), axis=-1, keepdims=True) ** -0.5
+    weighted = vectors * (damped**-power * scale)[..., None, :]
+    return jnp.einsum("...rs,...ts->...rt", weighted, vectors, precision=_HIGHEST), values
 
 
 def drift(before: Array, after: Array) -> Array:

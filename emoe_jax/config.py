@@ -18,6 +18,9 @@ ACTIVATIONS = ("swiglu", "gelu")
 REMAT = ("none", "full", "dots")
 DTYPES = ("float32", "bfloat16")
 SCORES = ("softmax", "sigmoid")
+SUBSPACES = ("tracked", "learned", "fixed")
+BASIS_ROUTERS = ("eigen", "whitened")
+DEFAULT_RANK = 128
 ATTENTION = ("auto", "xla", "heads_first", "cudnn", "splash")
 
 
@@ -43,7 +46,8 @@ class BasisConfig:
     """The orthonormal basis [D,R] of an eigenbasis router.
 
     Attributes:
-        rank: R, number of basis directions; at most the width D of the layer.
+        rank: R, number of basis directions; at most the width D of the layer. 0: 128, or D where
+            that is less.
         method: how the basis stays orthonormal. "qr": the basis is the sign-fixed QR factor of its
             weight, gradients pass through the factorisation. "cholesky_qr": the same map, computed
             by Cholesky-QR done twice. "retraction": gradients see the basis as a free matrix and
@@ -52,14 +56,27 @@ class BasisConfig:
             never reach the output and which its checkpoints hold (see docs/paper.md).
     """
 
-    rank: int = 128
+    rank: int = 0
     method: str = "qr"
     companion: bool = False
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        require_positive(rank=self.rank)
+        require(self.rank >= 0, f"basis.rank={self.rank} must not be negative")
         require_choice("basis.method", self.method, BASIS_METHODS)
+
+    def rank_of(self, width: int) -> int:
+        """R for tokens of width D.
+
+        Raises:
+            ValueError: it is more than D.
+        """
+        require(
+            self.rank <= width,
+            f"basis.rank={self.rank} is more than width={width}: D dimensions hold at most D"
+            f" orthonormal directions; set basis.rank to {width} or less",
+        )
+        return self.rank or min(width, DEFAULT_RANK)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,13 +86,19 @@ class RouterConfig:
     An option that the chosen router does not read must stay None: setting it is an error.
 
     Attributes:
-        temperature: tau, divides the scores before the softmax (eigen, softmax, switch; default 1).
+        temperature: tau, divides the scores before the softmax (eigen, softmax, switch; default 1);
+            learned, and this its first value (whitened, softmax_offset; default 0.6).
         score: "softmax" or "sigmoid", maps scores to gates (loss_free; default "sigmoid").
         renormalize: whether the gates of the K chosen experts are divided by their sum (softmax,
-            switch, loss_free; default False).
+            switch, loss_free, whitened, softmax_offset; default False).
         balance_weight: weight of the Switch balance loss (switch; default 0.01).
         z_weight: weight of the router z-loss (softmax, switch; default 0).
         bias_rate: u, the step of the selection bias (loss_free; default 0.001).
+        offset: whether an offset of the scores balances the loads (whitened; default True).
+        subspace: where the basis comes from: "tracked", the principal subspace of the tokens;
+            "learned", by gradients; or "fixed", drawn once (whitened; default "tracked").
+        whitening: alpha, the power of the covariance by which projections are divided: 1/2 whitens
+            fully, 0 not at all (whitened; default 1/4).
         orthogonality_weight: lambda, weight of the orthogonality penalty (eigen; default 5e-4).
         acausal: True says that a language model may use a router that looks at later tokens
             (expert_choice; default: refused).
@@ -87,6 +110,9 @@ class RouterConfig:
     balance_weight: float | None = None
     z_weight: float | None = None
     bias_rate: float | None = None
+    offset: bool | None = None
+    subspace: str | None = None
+    whitening: float | None = None
     orthogonality_weight: float | None = None
     acausal: bool | None = None
 
@@ -96,6 +122,13 @@ class RouterConfig:
             require_positive(temperature=self.temperature)
         if self.score is not None:
             require_choice("routing.score", self.score, SCORES)
+        if self.subspace is not None:
+            require_choice("routing.subspace", self.subspace, SUBSPACES)
+        if self.whitening is not None:
+            require(
+                0 <= self.whitening <= 0.5,
+                f"routing.whitening={self.whitening} must lie between 0 (none) and 0.5 (full)",
+            )
         for name in ("balance_weight", "z_weight", "bias_rate", "orthogonality_weight"):
             value = getattr(self, name)
             require(value is None or value >= 0, f"routing.{name}={value} must not be negative")
@@ -359,12 +392,8 @@ def _check_trunk(config: LMConfig | ViTConfig) -> None:
         f"moe_every={config.moe_every} does not divide depth={config.depth}; choose a divisor, or"
         " list the blocks in moe_blocks",
     )
-    basis = config.moe.basis
-    require(
-        config.moe.router != "eigen" or basis.rank <= config.width,
-        f"basis.rank={basis.rank} is more than width={config.width}: D dimensions hold at most D"
-        f" orthonormal directions; set basis.rank to {config.width} or less",
-    )
+    if config.moe.router in BASIS_ROUTERS:
+        config.moe.basis.rank_of(config.width)
 
 
 def moe_layers(config: LMConfig | ViTConfig) -> tuple[bool, ...]:

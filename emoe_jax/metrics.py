@@ -51,16 +51,31 @@ def energy_captured(stats: dict[str, Array]) -> Array:
     """tr(QᵀΣQ) / tr Σ, the share of the tokens' variance that lies in the basis.
 
     Args:
-        stats: `tokens` [...], `token_sum` [...,D], `token_square` [...], `z_sum` [...,R] and
-            `z_square` [...], sums over tokens h and projections z = Qᵀh.
+        stats: `tokens` [...] (or `counted`, where some were left out), `token_sum` [...,D],
+            `token_square` [...], `z_sum` [...,R] and `z_square` [...], sums over tokens h and
+            projections z = Qᵀh.
     """
-    n = jnp.maximum(stats["tokens"], 1.0)
+    n = jnp.maximum(stats.get("counted", stats["tokens"]), 1.0)
 
     def variance(total: Array, square: Array) -> Array:
         return square / n - jnp.sum(jnp.square(total / n[..., None]), axis=-1)
 
     whole = variance(stats["token_sum"], stats["token_square"])
     return variance(stats["z_sum"], stats["z_square"]) / jnp.maximum(whole, 1e-12)
+
+
+def drop_at_capacity(load: Array, factor: float) -> Array:
+    """The fraction of assignments beyond C = ceil(c·A/E) slots of their expert, were slots limited.
+
+    Args:
+        load: [...,E] assignments of one batch, A = T·K in all.
+        factor: c.
+    """
+    total = jnp.sum(load, axis=-1, keepdims=True)
+    # Rounded first, as in `dispatch.capacity.slots`.
+    room = jnp.ceil(jnp.round(factor * total / load.shape[-1], 3))
+    excess = jnp.sum(jnp.maximum(load - room, 0.0), axis=-1)
+    return excess / jnp.maximum(total[..., 0], 1.0)
 
 
 def routing_metrics(stats: dict[str, Array]) -> dict[str, Array]:

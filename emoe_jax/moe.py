@@ -75,7 +75,9 @@ class MoE(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         self.config = config
-        self.router = make_router(config, width, rngs=rngs)
+        # Keys of its own: whatever a router draws, the experts and later layers draw the same.
+        own = nnx.Rngs(params=jax.random.fold_in(rngs.params(), 1))
+        self.router = make_router(config, width, rngs=own)
         self.experts = Experts(config, width, dtype=dtype, out_scale=out_scale, rngs=rngs)
         if config.shared_hidden:
             self.shared = MLP(

@@ -28,7 +28,7 @@ def test_defaults_are_valid_and_frozen(make):
 @pytest.mark.parametrize(
     ("make", "values", "words"),
     [
-        (BasisConfig, {"rank": 0}, "rank=0 must be above zero"),
+        (BasisConfig, {"rank": -1}, "basis.rank=-1 must not be negative"),
         (BasisConfig, {"method": "svd"}, "basis.method='svd' is not known; choose one of qr, "),
         (RouterConfig, {"temperature": 0.0}, "temperature=0.0 must be above zero"),
         (RouterConfig, {"temperature": float("nan")}, "temperature=nan must be above zero"),

@@ -54,6 +54,29 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AlarmConfig:
+    """Above which values of a layer the log warns; see `metrics` for what they are.
+
+    Attributes:
+        dead: experts dead over the last 100 steps.
+        max_vio: MaxVio over the last 100 steps.
+        orthonormality: orthonormality error of a basis.
+        drops: fraction of the assignments that were dropped.
+    """
+
+    dead: int = 0
+    max_vio: float = 1.0
+    orthonormality: float = 1e-4
+    drops: float = 0.05
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        for name in ("dead", "max_vio", "orthonormality", "drops"):
+            value = getattr(self, name)
+            require(value >= 0, f"alarm.{name}={value} is below zero")
+
+
+@dataclasses.dataclass(frozen=True)
 class ExperimentConfig:
     """Everything that a run depends on.
 
@@ -63,6 +86,8 @@ class ExperimentConfig:
         seed: of initial weights, data order and routers' random choices.
         batch: sequences or images in the global batch of one optimizer step.
         accumulate: microbatches into which a batch is split.
+        calibrate: batches that pass forward before the first step, so that routers with running
+            statistics begin with some; they are trained on as well.
         log_every: steps between lines of metrics.
         eval_every: steps between evaluations on held-out data; the last step always has one.
         profile: steps of which an xprof trace is written, 0 for none.
@@ -75,6 +100,7 @@ class ExperimentConfig:
         optim: the optimizer.
         mesh: the device mesh.
         checkpoint: when checkpoints are written.
+        alarm: when the log warns.
     """
 
     task: str
@@ -84,6 +110,7 @@ class ExperimentConfig:
     seed: int = 0
     batch: int = 32
     accumulate: int = 1
+    calibrate: int = 10
     log_every: int = 10
     eval_every: int = 200
     profile: int = 0
@@ -92,11 +119,13 @@ class ExperimentConfig:
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    alarm: AlarmConfig = AlarmConfig()
 
     def __post_init__(self) -> None:
         """Checks the values."""
         require_positive(steps=self.steps, batch=self.batch, accumulate=self.accumulate)
         require_positive(log_every=self.log_every, eval_every=self.eval_every)
+        require(self.calibrate >= 0, f"calibrate={self.calibrate} is below zero")
         require(self.profile >= 0, f"profile={self.profile} is below zero")
         require(self.seed >= 0, f"seed={self.seed} is below zero")
         require(

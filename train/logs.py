@@ -1,4 +1,4 @@
-"""What a run leaves to read: metrics.jsonl, TensorBoard events, and a line or a bar on the screen.
+"""What a run leaves to read: two .jsonl logs, TensorBoard events, and a line or bar on the screen.
 
 `metrics.jsonl` holds one JSON object a line, `{"step": 12, "train/loss": 3.25}`, steps ascending.
 Numbers are written as Python's `repr` writes them, so they read back to the same bits. JSON has no
@@ -6,8 +6,12 @@ NaN and no infinities, and a loss must be able to show them: they are written as
 "NaN", "Infinity" and "-Infinity", which any strict parser reads and which `float` and JavaScript's
 `Number` turn back into numbers. `read_metrics` does so.
 
-A run that resumes from step s continues both logs as if the steps after s had never been taken:
-their lines are moved to `metrics.discarded.jsonl`, and TensorBoard is told to hide their events.
+`routing.jsonl` holds what has a value for each expert or direction of a layer, in the same way but
+rounded: `{"step": 12, "layer_00": {"load": [0.25, 0.75]}}`. `read_routing` reads it.
+
+A run that resumes from step s continues all logs as if the steps after s had never been taken:
+their lines are moved to `metrics.discarded.jsonl` and `routing.discarded.jsonl`, and TensorBoard is
+told to hide their events.
 """
 
 from __future__ import annotations
@@ -36,7 +40,10 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 METRICS = "metrics.jsonl"
-DISCARDED = "metrics.discarded.jsonl"
+ROUTING = "routing.jsonl"
+
+DIGITS = 6
+"""Significant digits of the numbers in routing.jsonl: more than any figure shows."""
 
 # Dense bfloat16 FLOP/s of one JAX device, by `jax.Device.device_kind`; sources in `peak_flops`.
 _PEAK_FLOPS = {
@@ -104,6 +111,35 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return [steps[step] for step in sorted(steps)]
 
 
+def read_routing(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Reads a routing file; the lines of one step become one dict.
+
+    Args:
+        path: the file, or the folder of the run.
+
+    Returns:
+        One dict a step, ascending: "step" as int, and for each layer a dict of float64 arrays [n]
+        by name. A torn last line is left out.
+
+    Raises:
+        FileNotFoundError: there is no such file; runs before it existed have none.
+        ValueError: a line before the last is no JSON object with a step.
+    """
+    file = Path(path)
+    file = file / ROUTING if file.is_dir() else file
+    if not file.exists():
+        raise FileNotFoundError(f"There is no routing over time at {file}; train the run anew.")
+    steps: dict[int, dict[str, Any]] = {}
+    for line in _whole_lines(file):
+        layers = json.loads(line)
+        step = layers.pop("step")
+        row = steps.setdefault(step, {"step": step})
+        for layer, arrays in layers.items():
+            read = {name: np.array([float(v) for v in values]) for name, values in arrays.items()}
+            row[layer] = row.get(layer, {}) | read
+    return [steps[step] for step in sorted(steps)]
+
+
 class RunLog:
     """The logs of one run; a context manager.
 
@@ -150,6 +186,7 @@ class RunLog:
         discard_after(folder, -1 if resume_step is None else resume_step)
         self._step = -1 if resume_step is None else resume_step
         self._file = (folder / METRICS).open("a", encoding="utf-8")
+        self._routing = (folder / ROUTING).open("a", encoding="utf-8")
         self._events = _open_events(folder, purge_step=self._step + 1)
         self._screen = _Screen(
             console or Console(stderr=True), total_steps, unit, max(self._step, 0), every_s, clock
@@ -176,11 +213,7 @@ class RunLog:
         """
         if not self._enabled:
             return
-        if step < self._step:
-            raise ValueError(
-                f"Step {step} comes after step {self._step} was logged; a run resumed from an "
-                "earlier checkpoint gives that step as resume_step."
-            )
+        self._check_step(step)
         if "step" in scalars:
             raise ValueError("A scalar cannot be called 'step'; it is the line's own key.")
         numbers = {name: float(value) for name, value in scalars.items()}
@@ -190,6 +223,34 @@ class RunLog:
         for name, value in numbers.items():
             self._event(step, summary.scalar(name, value))
         self._events.flush()
+        self._step = step
+
+    def arrays(self, step: int, arrays: Mapping[str, ArrayLike]) -> None:
+        """Appends a line of arrays to routing.jsonl, rounded to `DIGITS`; it is flushed.
+
+        Args:
+            step: optimizer step, not before one that was written already.
+            arrays: names "layer/name", such as "layer_03/load", to arrays [n]. Without any no line
+                is written.
+
+        Raises:
+            ValueError: `step` runs backwards, a name is of another form, or an array is not [n].
+            OSError: the disk refuses.
+        """
+        if not self._enabled or not arrays:
+            return
+        self._check_step(step)
+        layers: dict[str, dict[str, list[float | str]]] = {}
+        for name, array in arrays.items():
+            layer, _, key = name.partition("/")
+            values = np.asarray(array, np.float64)
+            if layer in ("", "step") or not key:
+                raise ValueError(f"{name!r} must be a layer's name, a slash, and a name.")
+            if values.ndim != 1:
+                raise ValueError(f"{name!r} has shape {values.shape}; it must have one axis.")
+            layers.setdefault(layer, {})[key] = [_strict(_rounded(v)) for v in values.tolist()]
+        self._routing.write(json.dumps({"step": int(step)} | layers, allow_nan=False) + "\n")
+        self._routing.flush()
         self._step = step
 
     def histograms(self, step: int, arrays: Mapping[str, ArrayLike]) -> None:
@@ -235,6 +296,15 @@ class RunLog:
             self._screen.close()
             self._events.close()
             self._file.close()
+            self._routing.close()
+
+    def _check_step(self, step: int) -> None:
+        """Refuses steps that run backwards."""
+        if step < self._step:
+            raise ValueError(
+                f"Step {step} comes after step {self._step} was logged; a run resumed from an "
+                "earlier checkpoint gives that step as resume_step."
+            )
 
     def _event(self, step: int, value: Any) -> None:
         """Queues one summary; written from this thread, so a full disk cannot block the run."""
@@ -242,10 +312,11 @@ class RunLog:
 
 
 def discard_after(workdir: Path, step: int) -> None:
-    """Moves the lines of later steps out of the metrics file, and drops a torn last line.
+    """Moves the lines of later steps out of both logs, and drops torn last lines.
 
-    The lines are appended to `metrics.discarded.jsonl` first and the shortened file then takes
-    the place of the old one by a rename, so that no crash in between loses one.
+    The lines are appended to `metrics.discarded.jsonl` and `routing.discarded.jsonl` first, and a
+    shortened file then takes the place of the old one by a rename, so that no crash in between
+    loses one.
 
     Args:
         workdir: the run's folder.
@@ -254,16 +325,20 @@ def discard_after(workdir: Path, step: int) -> None:
     Raises:
         ValueError: a line before the last is no JSON object with a step.
     """
-    file = workdir / METRICS
-    if not file.exists():
-        return
-    lines = _whole_lines(file)
+    files = [workdir / name for name in (METRICS, ROUTING) if (workdir / name).exists()]
+    # Both are checked before either is changed.
+    for file, lines in [(file, _whole_lines(file)) for file in files]:
+        _shorten(file, lines, step)
+
+
+def _shorten(file: Path, lines: list[str], step: int) -> None:
+    """Leaves the lines up to a step in a log, and appends the others to its discarded ones."""
     kept = [line for line in lines if json.loads(line)["step"] <= step]
     dropped = [line for line in lines if json.loads(line)["step"] > step]
     if dropped:
-        with (workdir / DISCARDED).open("a", encoding="utf-8") as discarded:
+        with file.with_suffix(".discarded.jsonl").open("a", encoding="utf-8") as discarded:
             discarded.write("".join(line + "\n" for line in dropped))
-    shortened = workdir / (METRICS + ".tmp")
+    shortened = file.with_name(file.name + ".tmp")
     with shortened.open("w", encoding="utf-8") as out:
         out.write("".join(line + "\n" for line in kept))
         out.flush()
@@ -340,6 +415,11 @@ def _open_events(folder: Path, purge_step: int) -> EventsWriter:
     return events
 
 
+def _rounded(value: float) -> float:
+    """The number with `DIGITS` significant digits."""
+    return float(f"{value:.{DIGITS}g}")
+
+
 def _strict(value: float) -> float | str:
     """A finite number itself, another one's name."""
     if math.isfinite(value):
@@ -348,7 +428,7 @@ def _strict(value: float) -> float | str:
 
 
 def _whole_lines(file: Path) -> list[str]:
-    """The lines of a metrics file, checked, without a last one that the writer did not finish."""
+    """The lines of a log, checked, without a last one that the writer did not finish."""
     *lines, _torn = file.read_text(encoding="utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines, start=1):
         try:

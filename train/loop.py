@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import logging
 import pathlib
-import time
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +19,7 @@ from emoe_jax.dispatch.exchange import choose_exchange
 from emoe_jax.dispatch.selfcheck import check_exchange
 from emoe_jax.grouped import resolve_backend
 from emoe_jax.optim import partition
+from emoe_jax.routers import router_class
 from emoe_jax.sharding import replicated
 from train import cluster, sample
 from train.config import ExperimentConfig, changed_keys, digest, freeze, to_json
@@ -33,12 +31,12 @@ from train.evaluate import (
     compile_evaluate,
     evaluate,
     print_evaluation,
-    routing_rows,
 )
-from train.flops import active_parameters, flops_per_unit
+from train.flops import active_parameters
 from train.initial import check_frozen, initial_params, place_params
-from train.logs import RunLog, peak_flops
+from train.logs import RunLog
 from train.run import CONFIG_FILE, Run, build, open_checkpoints, read_config
+from train.telemetry import Meter
 
 Tree = Any
 
@@ -83,7 +81,10 @@ def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[Scalars,
             config.batch, seed=config.seed, rows=run.rows(config.batch)
         )
         resumed = checkpoints.latest_step()
-        state = _start(run) if resumed is None else _resume(run, checkpoints, resumed, batches)
+        if resumed is None:
+            state = _calibrate(run, _start(run), batches)
+        else:
+            state = _resume(run, checkpoints, resumed, batches)
         _write_config(tree, workdir)
 
         # ------------------------------------------------------------ training, unless it is done
@@ -202,6 +203,24 @@ def _start(run: Run) -> Tree:
     return state | {"params": place_params(state["params"], taken)}
 
 
+def _calibrate(run: Run, state: Tree, batches: Any) -> Tree:
+    """The state whose routers have seen the first batches, where that is of use to them."""
+    config = run.config
+    if not (state["router"] and router_class(config.model.moe.router).CALIBRATES):
+        return state
+    position, key = batches.get_state(), run.key()
+    places = jax.tree.map(lambda leaf: leaf.sharding, run.abstract["router"])
+    step = jax.jit(run.steps.calibrate, out_shardings=places, donate_argnums=1)
+    compiled = None
+    for number in range(config.calibrate):
+        batch = run.to_devices(next(batches), config.batch)
+        given = state["params"], state["router"], batch, jax.random.fold_in(key, number)
+        compiled = compiled or cluster.compile_together(step.lower(*given))
+        state = state | {"router": compiled(*given)}
+    batches.set_state(position)
+    return state
+
+
 def _resume(run: Run, checkpoints: Checkpoints, step: int, batches: Any) -> Tree:
     """The training state of a checkpoint; moves the batches to its position."""
     workdir = checkpoints.directory.parent
@@ -287,7 +306,7 @@ def _steps(parts: _Parts, state: Tree, start: int) -> tuple[Tree, Any]:
     run, log, checkpoints = parts.run, parts.log, parts.checkpoints
     config, key = run.config, run.key()
     profiled = _profiled(config, start)
-    meter = _Meter(run, start)
+    meter = Meter(run, start, state)
     after_first = in_saves = 0
     result = None
     for step in range(start + 1, config.steps + 1):
@@ -299,9 +318,10 @@ def _steps(parts: _Parts, state: Tree, start: int) -> tuple[Tree, Any]:
         if profiled and step == profiled[-1] and cluster.is_first():
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
+        meter.see(metrics)
         last = step == config.steps
         if step % config.log_every == 0 or last or step == start + 1:
-            meter.log(step, jax.device_get(metrics), log)
+            meter.log(step, metrics, state, log)
         if step == start + 1:
             after_first = parts.compilations.count
         measured: dict[str, float] = {}
@@ -312,7 +332,7 @@ def _steps(parts: _Parts, state: Tree, start: int) -> tuple[Tree, Any]:
             measured = result[0]
             log.write(step, measured)
         before = parts.compilations.count
-        checkpoints.save(
+        was_saved = checkpoints.save(
             step,
             state,
             data_state=parts.batches.get_state(),
@@ -321,6 +341,8 @@ def _steps(parts: _Parts, state: Tree, start: int) -> tuple[Tree, Any]:
             force=last,
         )
         in_saves += parts.compilations.count - before
+        if was_saved:
+            meter.saved(state)
     checkpoints.wait()
     LOGGER.info(
         "the training step is one executable, compiled before step %d; compilations after that"
@@ -336,58 +358,6 @@ def _profiled(config: ExperimentConfig, start: int) -> range:
     """The steps to profile: `PROFILE_AFTER` steps on, earlier where fewer steps are left."""
     first = min(start + 1 + PROFILE_AFTER, config.steps + 1 - config.profile)
     return range(max(first, start + 1), min(first + config.profile, config.steps + 1))
-
-
-class _Meter:
-    """Turns the metrics of a step into scalars and progress."""
-
-    def __init__(self, run: Run, step: int) -> None:
-        self.run = run
-        length = run.units_per_step // run.config.batch if run.unit == "tokens" else _tokens(run)
-        self.flops = flops_per_unit(run.config.model, run.abstract["params"], length)
-        peak = peak_flops(jax.devices()[0].device_kind)
-        # The formula counts the gradients of all weights: no utilisation where some have none.
-        frozen = bool(run.config.optim.trainable)
-        self.peak = None if peak is None or frozen else peak * jax.device_count()
-        self.step, self.time = step, time.perf_counter()
-
-    @contextlib.contextmanager
-    def left_out(self) -> Iterator[None]:
-        """Leaves what happens inside out of the rate."""
-        began = time.perf_counter()
-        yield
-        self.time += time.perf_counter() - began
-
-    def log(self, step: int, metrics: Tree, log: RunLog) -> None:
-        """Writes scalars, histograms and progress of a step."""
-        now = time.perf_counter()
-        rate = (step - self.step) * self.run.units_per_step / max(now - self.time, 1e-9)
-        self.step, self.time = step, now
-        mfu = None if self.peak is None else rate * self.flops / self.peak
-        rows = routing_rows(self.run, metrics["router"])
-        scalars = {
-            "train/loss": metrics["loss"],
-            "train/penalty": metrics["penalty"],
-            "train/grad_norm": metrics["grad_norm"],
-            "train/learning_rate": metrics["learning_rate"],
-            f"train/{self.run.unit}_per_second": rate,
-        }
-        if "accuracy" in metrics:
-            scalars["train/accuracy"] = metrics["accuracy"]
-        if mfu is not None:
-            scalars["train/mfu"] = mfu
-        for row in rows:
-            named = {k: v for k, v in row.items() if k not in ("layer", "load")}
-            scalars |= {f"router/{row['layer']}/{k}": v for k, v in named.items()}
-        log.write(step, {name: float(value) for name, value in scalars.items()})
-        log.histograms(step, {f"router/{r['layer']}/load": np.asarray(r["load"]) for r in rows})
-        worst = max((row["max_vio"] for row in rows), default=None)
-        log.progress(step, loss=float(metrics["loss"]), rate=rate, mfu=mfu, max_vio=worst)
-
-
-def _tokens(run: Run) -> int:
-    """Tokens of one image."""
-    return int(run.abstract["params"]["position"].shape[0])
 
 
 def _compile_train(run: Run, example: dict[str, np.ndarray]) -> Any:

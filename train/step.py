@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from emoe_jax.basis import prepare_bases
 from emoe_jax.losses import cross_entropy
-from emoe_jax.metrics import routing_metrics
+from emoe_jax.metrics import drop_at_capacity, routing_metrics
 from emoe_jax.models.stack import update_router_state
 from emoe_jax.moe import Aux, auxiliary_loss
 from emoe_jax.optim import global_norm, merge, partition, schedule
@@ -36,10 +36,13 @@ class Steps(NamedTuple):
 
     Attributes:
         train: (state, batch, key) to (state, metrics).
+        calibrate: (params, router, batch, key) to the routers' next state: a forward pass for which
+            nothing is trained.
         evaluate: (params, router, batch, key) to sums over the batch.
     """
 
     train: Callable[[Tree, Batch, Array], tuple[Tree, Tree]]
+    calibrate: Callable[[Tree, Tree, Batch, Array], Tree]
     evaluate: Callable[[Tree, Tree, Batch, Array], Tree]
 
 
@@ -83,40 +86,48 @@ def make_steps(
         def loss(params: Tree, *rest: Any) -> tuple[Array, tuple[Sums, dict[str, Aux]]]:
             return objective(merge(params, fixed), *rest)
 
-        grads, sums, aux = _accumulate(
-            jax.grad(loss, has_aux=True),
-            prepared,
-            state["router"],
-            microbatches(batch, config.accumulate),
-            key,
-            total,
-        )
+        gradient = jax.grad(loss, has_aux=True)
+
+        def one(part: Batch) -> tuple[Tree, Sums, dict[str, Aux]]:
+            grads, (sums, aux) = gradient(prepared, state["router"], part, key, total)
+            return grads, sums, aux
+
+        grads, sums, aux = _sum_over(one, microbatches(batch, config.accumulate))
         (grads,) = pull_back(grads)
+        progress = state["step"].astype(jnp.float32) / config.steps
         opt = serialization.from_state_dict(opt_state, state["opt"])
         updates, opt = optimizer.update(grads, opt, trained)
         new = {
             "step": state["step"] + 1,
             "params": merge(optax.apply_updates(trained, updates), frozen),
-            "router": update_router_state(config.model.moe, state["router"], aux),
+            "router": update_router_state(config.model.moe, state["router"], aux, progress),
             "opt": serialization.to_state_dict(opt),
         }
-        metrics = {
-            "loss": sums["loss"] / total,
-            "penalty": sums["penalty"],
+        metrics = _task_metrics(sums, total) | {
             "grad_norm": global_norm(grads),
             "learning_rate": learning_rate(state["step"]),
-            "router": layer_metrics(aux, config.accumulate),
+            "router": _batch_metrics(aux, config),
         }
-        if "correct" in sums:
-            metrics["accuracy"] = sums["correct"] / total
         return new, metrics
+
+    def calibrate_step(params: Tree, router: Tree, batch: Batch, key: Array) -> Tree:
+        model = pure.bind(prepare_bases(params, method), router)
+        parts = microbatches(batch, config.accumulate)
+        aux = _sum_over(lambda part: forward(model, part, key)[1], parts)
+        return update_router_state(config.model.moe, router, aux, jnp.zeros((), jnp.float32))
 
     def evaluate_step(params: Tree, router: Tree, batch: Batch, key: Array) -> Tree:
         model = pure.bind(prepare_bases(params, method), router)
         sums, aux = forward(model, batch, key)
         return {"sums": sums | {"count": jnp.sum(_weights(batch))}, "aux": aux}
 
-    return Steps(in_mesh(mesh, train_step), in_mesh(mesh, evaluate_step))
+    return Steps(*(in_mesh(mesh, step) for step in (train_step, calibrate_step, evaluate_step)))
+
+
+def _task_metrics(sums: Sums, total: Array) -> dict[str, Array]:
+    """Means over the targets of an optimizer step."""
+    metrics = {"loss": sums["loss"] / total, "penalty": sums["penalty"]}
+    return metrics | ({"accuracy": sums["correct"] / total} if "correct" in sums else {})
 
 
 def _weights(batch: Batch) -> Array:
@@ -163,20 +174,8 @@ def microbatches(batch: Batch, parts: int) -> Batch:
     return jax.tree.map(fold, batch)
 
 
-def _accumulate(
-    gradient: Callable[..., Any],
-    params: Tree,
-    router: Tree,
-    batches: Batch,
-    key: Array,
-    total: Array,
-) -> Any:
-    """Sums gradients, losses and statistics over microbatches."""
-
-    def one(batch: Batch) -> Any:
-        grads, (sums, aux) = gradient(params, router, batch, key, total)
-        return grads, sums, aux
-
+def _sum_over(one: Callable[[Batch], Any], batches: Batch) -> Any:
+    """Sums what `one` returns over microbatches, one after another."""
     first = jax.tree.map(lambda leaf: leaf[0], batches)
     if jax.tree.leaves(batches)[0].shape[0] == 1:
         return one(first)
@@ -198,4 +197,14 @@ def layer_metrics(aux: dict[str, Aux], parts: int | Array) -> dict[str, dict[str
     return {
         place: routing_metrics(layer.stats) | jax.tree.map(lambda leaf: leaf / parts, layer.metrics)
         for place, layer in aux.items()
+    }
+
+
+def _batch_metrics(aux: dict[str, Aux], config: ExperimentConfig) -> dict[str, dict[str, Array]]:
+    """`layer_metrics` of an optimizer step, with what has a meaning for one batch alone."""
+    factor = config.model.moe.capacity_factor
+    whole = layer_metrics(aux, config.accumulate)
+    return {
+        place: metrics | {"drop_at_capacity": drop_at_capacity(aux[place].stats["load"], factor)}
+        for place, metrics in whole.items()
     }

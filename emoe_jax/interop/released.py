@@ -182,7 +182,7 @@ def describe(config: ViTConfig) -> dict[str, Any]:
     tau, weight = routing.temperature, routing.orthogonality_weight
     return DEFAULTS | {
         "experts": moe.experts,
-        "r": moe.basis.rank,
+        "r": moe.basis.rank_of(config.width),
         "bottleneck": moe.hidden,
         # The defaults of `routers.eigen.EigenRouter`.
         "tau": 1.0 if tau is None else tau,

@@ -251,20 +251,25 @@ class Stack(nnx.Module):
         return x, jax.tree.map(lambda leaf: leaf[None], outputs)
 
 
-def update_router_state(config: MoEConfig, router: Tree, aux: dict[str, Aux]) -> Tree:
+def update_router_state(
+    config: MoEConfig, router: Tree, aux: dict[str, Aux], progress: Array
+) -> Tree:
     """The routers' state of the next step.
 
     Args:
         config: of the expert layers.
         router: running state of a whole model, as nested dicts; empty where there is none.
         aux: of an optimizer step, its statistics summed over microbatches.
+        progress: [] float32 in [0,1], the share of the training's steps that are done.
     """
     if not router:
         return router
     update = router_class(config.router).update
     groups = router["blocks"]["groups"]
     new = {
-        place: {"moe": {"router": update(config, groups[place]["moe"]["router"], layer.stats)}}
+        place: {
+            "moe": {"router": update(config, groups[place]["moe"]["router"], layer.stats, progress)}
+        }
         for place, layer in aux.items()
     }
     return {"blocks": {"groups": new}}

@@ -7,14 +7,18 @@ from flax import nnx
 from emoe_jax.config import MoEConfig, require_choice
 from emoe_jax.routers.base import Context, ExpertChoice, Router, RouterState, Routing
 from emoe_jax.routers.eigen import EigenRouter
+from emoe_jax.routers.offset import SoftmaxOffsetRouter
 from emoe_jax.routers.others import ExpertChoiceRouter, HashRouter, RandomRouter, SoftRouter
 from emoe_jax.routers.softmax import LossFreeRouter, SoftmaxRouter, SwitchRouter
+from emoe_jax.routers.whitened import WhitenedRouter
 
 ROUTERS: dict[str, type[Router]] = {
+    "whitened": WhitenedRouter,
     "eigen": EigenRouter,
     "softmax": SoftmaxRouter,
     "switch": SwitchRouter,
     "loss_free": LossFreeRouter,
+    "softmax_offset": SoftmaxOffsetRouter,
     "expert_choice": ExpertChoiceRouter,
     "hash": HashRouter,
     "random": RandomRouter,
@@ -51,8 +55,10 @@ __all__ = [
     "RouterState",
     "Routing",
     "SoftRouter",
+    "SoftmaxOffsetRouter",
     "SoftmaxRouter",
     "SwitchRouter",
+    "WhitenedRouter",
     "make_router",
     "router_class",
 ]

@@ -96,6 +96,9 @@ class Router(nnx.Module):
     OPTIONS: ClassVar[frozenset[str]] = frozenset()
     """Names of the `RouterConfig` options that this router reads."""
 
+    CALIBRATES: ClassVar[bool] = False
+    """Whether a few batches before training, for which nothing is trained, improve its state."""
+
     CAUSAL: ClassVar[bool] = True
     """Whether the route of a token depends on no later token of its sequence."""
 
@@ -104,8 +107,15 @@ class Router(nnx.Module):
         raise NotImplementedError
 
     @staticmethod
-    def update(config: MoEConfig, state: State, stats: dict[str, Array]) -> State:
-        """The state of the next step; leading axes (stacked layers) pass through."""
+    def update(config: MoEConfig, state: State, stats: dict[str, Array], progress: Array) -> State:
+        """The state of the next step; leading axes [...] (stacked layers) pass through.
+
+        Args:
+            config: of the layer.
+            state: arrays [...,*] by name.
+            stats: of `Routing`, summed over the global batch of an accepted optimizer step.
+            progress: [] float32 in [0,1], the share of the training's steps that are done.
+        """
         return state
 
 

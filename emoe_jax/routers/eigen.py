@@ -55,7 +55,7 @@ class EigenRouter(Router):
     OPTIONS: ClassVar[frozenset[str]] = frozenset({"temperature", "orthogonality_weight"})
 
     def __init__(self, config: MoEConfig, width: int, *, rngs: nnx.Rngs) -> None:
-        E, R = config.experts, config.basis.rank
+        E, R = config.experts, config.basis.rank_of(width)
         options = router_options(config, EigenRouter, temperature=1.0, orthogonality_weight=5e-4)
         self.temperature = options["temperature"]
         self.orthogonality_weight = options["orthogonality_weight"]

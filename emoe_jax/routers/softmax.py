@@ -149,7 +149,7 @@ class LossFreeRouter(Router):
         return make_routing(indices, weights, probs, context.mask)
 
     @staticmethod
-    def update(config: MoEConfig, state: State, stats: dict[str, Array]) -> State:
+    def update(config: MoEConfig, state: State, stats: dict[str, Array], progress: Array) -> State:
         """Bias b ← b + u sign(mean load - load), elementwise over stacked layers [...,E]."""
         given = config.routing.bias_rate
         rate = LossFreeRouter.BIAS_RATE if given is None else given

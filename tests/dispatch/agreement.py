@@ -129,9 +129,11 @@ def updated(routers: tuple[str, ...], top_k: int, state: Any, stats: Any) -> Any
     router = state.get("router", {})
     if len(routers) == 1:
         name = routers[0]
-        return router_class(name).update(layer_config(name, top_k), router, stats)
+        return router_class(name).update(layer_config(name, top_k), router, stats, jnp.zeros(()))
     return {
-        name: router_class(name).update(layer_config(name, top_k), router[name], stats)
+        name: router_class(name).update(
+            layer_config(name, top_k), router[name], stats, jnp.zeros(())
+        )
         for name in routers
         if name in router
     }

@@ -99,7 +99,7 @@ def test_without_experts_there_is_no_aux_and_no_state():
     chex.assert_shape(out, (B, S, D))
     assert aux == {}
     assert "moe" not in params["groups"]["0"]
-    assert update_router_state(make_config().moe, {}, aux) == {}
+    assert update_router_state(make_config().moe, {}, aux, jnp.zeros(())) == {}
     assert layer_names(make_config(depth=2, moe_every=0)) == {}
 
 
@@ -138,7 +138,7 @@ def test_router_state_is_updated_layer_by_layer(values):
         place: {"moe": {"router": {"bias": jnp.zeros((len(blocks), 3))}}}
         for place, blocks in names.items()
     }
-    new = update_router_state(config.moe, {"blocks": {"groups": zeros}}, aux)
+    new = update_router_state(config.moe, {"blocks": {"groups": zeros}}, aux, jnp.zeros(()))
     for place, blocks in names.items():
         bias = new["blocks"]["groups"][place]["moe"]["router"]["bias"]
         np.testing.assert_allclose(bias, [expected[name] for name in blocks], rtol=1e-6)

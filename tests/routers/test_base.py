@@ -115,7 +115,9 @@ def test_make_routing_masks_and_counts():
 
 
 def test_router_names_are_checked():
-    words = "router='top' is not known; choose one of eigen, softmax, switch, loss_free, expert_ch"
+    words = (
+        "router='top' is not known; choose one of whitened, eigen, softmax, switch, loss_free, s"
+    )
     with pytest.raises(ValueError, match=words):
         router_class("top")
 
@@ -128,7 +130,7 @@ def test_the_contract_itself_routes_nothing():
     with pytest.raises(NotImplementedError):
         Router()(jnp.ones((1, D)), Context(jnp.ones((1, 1), bool)))
     state = {"bias": jnp.ones((E,))}
-    assert Router.update(MoEConfig(), state, {}) is state
+    assert Router.update(MoEConfig(), state, {}, jnp.zeros(())) is state
 
 
 VALUES = {
@@ -138,6 +140,9 @@ VALUES = {
     "balance_weight": 0.1,
     "z_weight": 0.1,
     "bias_rate": 0.1,
+    "offset": False,
+    "subspace": "fixed",
+    "whitening": 0.5,
     "orthogonality_weight": 0.1,
     "acausal": True,
 }

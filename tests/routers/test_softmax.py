@@ -19,6 +19,7 @@ LN3 = math.log(3)
 # With the identity as kernel tokens are logits: p = (3/4, 1/4) three times, then (1/4, 3/4).
 TOKENS = jnp.array([[LN3, 0.0], [LN3, 0.0], [LN3, 0.0], [0.0, LN3]])
 MASK = jnp.ones((2, 2), bool)
+START = jnp.zeros(())
 
 
 def build(name, kernel=None, top_k=1, **options):
@@ -145,14 +146,14 @@ def test_loss_free_update_raises_the_idle_and_lowers_the_busy():
     config = MoEConfig(router="loss_free", experts=3)
     # Mean load 2: expert 0 is above, 1 at it, 2 below.
     stats = {"load": jnp.array([3.0, 2.0, 1.0])}
-    new = LossFreeRouter.update(config, {"bias": jnp.array([0.5, 0.5, 0.5])}, stats)
+    new = LossFreeRouter.update(config, {"bias": jnp.array([0.5, 0.5, 0.5])}, stats, START)
     chex.assert_trees_all_close(new, {"bias": jnp.array([0.499, 0.5, 0.501])}, rtol=1e-6)
 
 
 def test_loss_free_update_works_on_stacked_layers_at_the_given_rate():
     config = MoEConfig(router="loss_free", experts=2, routing=RouterConfig(bias_rate=0.25))
     stats = {"load": jnp.array([[4.0, 0.0], [0.0, 4.0], [2.0, 2.0]])}
-    new = LossFreeRouter.update(config, {"bias": jnp.zeros((3, 2))}, stats)
+    new = LossFreeRouter.update(config, {"bias": jnp.zeros((3, 2))}, stats, START)
     expected = jnp.array([[-0.25, 0.25], [0.25, -0.25], [0.0, 0.0]])
     chex.assert_trees_all_equal(new, {"bias": expected})
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from train.logs import RunLog, discard_after, peak_flops, read_metrics
+from train.logs import RunLog, discard_after, peak_flops, read_metrics, read_routing
 
 
 def run_log(workdir: Path, **kwargs: object) -> RunLog:
@@ -179,6 +179,76 @@ def test_steps_never_run_backwards(tmp_path: Path) -> None:
             log.write(6, {"step": 1.0})
 
 
+def test_arrays_are_lines_by_layer_rounded_to_six_digits(tmp_path: Path) -> None:
+    with run_log(tmp_path) as log:
+        arrays = {
+            "layer_00/load": jnp.array([0.25, 1 / 3, 0.0]),
+            "layer_00/spectrum": np.array([1234567.0, 1e-9]),
+            "layer_02/load": [math.nan, math.inf, 1],
+        }
+        log.arrays(4, arrays)
+        log.arrays(5, {})  # a model without experts
+        log.arrays(6, {"layer_00/load": np.zeros(0)})
+    assert lines(tmp_path, "routing.jsonl") == [
+        '{"step": 4, "layer_00": {"load": [0.25, 0.333333, 0.0], "spectrum": [1234570.0, 1e-09]},'
+        ' "layer_02": {"load": ["NaN", "Infinity", 1.0]}}',
+        '{"step": 6, "layer_00": {"load": []}}',
+    ]
+    first, second = read_routing(tmp_path)
+    assert (first["step"], second["step"]) == (4, 6)
+    np.testing.assert_array_equal(first["layer_00"]["spectrum"], [1234570.0, 1e-9])
+    np.testing.assert_array_equal(first["layer_02"]["load"], [math.nan, math.inf, 1.0])
+    assert second.keys() == {"step", "layer_00"}
+    assert read_metrics(tmp_path) == []
+
+
+def test_arrays_of_a_resumed_run_read_as_one(tmp_path: Path) -> None:
+    with run_log(tmp_path) as log:
+        for step in range(1, 5):
+            log.write(step, {"loss": 1.0})
+            log.arrays(step, {"layer_00/load": [float(step)]})
+    with (tmp_path / "routing.jsonl").open("a") as file:
+        file.write('{"step": 5, "layer_')  # killed while it wrote
+    with run_log(tmp_path, resume_step=2) as log:
+        log.arrays(3, {"layer_00/load": [30.0]})
+        log.arrays(3, {"layer_00/spectrum": [9.0]})  # two lines of one step
+        with pytest.raises(ValueError, match=r"Step 2 comes after step 3.*resume_step"):
+            log.arrays(2, {"layer_00/load": [2.0]})
+    read = read_routing(tmp_path / "routing.jsonl")
+    assert [(row["step"], row["layer_00"]["load"].tolist()) for row in read] == [
+        (1, [1.0]),
+        (2, [2.0]),
+        (3, [30.0]),
+    ]
+    assert read[2]["layer_00"]["spectrum"].tolist() == [9.0]
+    assert lines(tmp_path, "routing.discarded.jsonl") == [
+        '{"step": 3, "layer_00": {"load": [3.0]}}',
+        '{"step": 4, "layer_00": {"load": [4.0]}}',
+    ]
+    assert len(lines(tmp_path, "metrics.discarded.jsonl")) == 2
+
+
+def test_a_damaged_log_is_refused_before_the_other_is_shortened(tmp_path: Path) -> None:
+    metrics = '{"step": 1, "x": 1.0}\n{"step": 2, "x": 2.0}\n'
+    (tmp_path / "metrics.jsonl").write_text(metrics)
+    (tmp_path / "routing.jsonl").write_text("{\n")
+    with pytest.raises(ValueError, match=r"Line 1 of .*routing\.jsonl"):
+        discard_after(tmp_path, 1)
+    assert (tmp_path / "metrics.jsonl").read_text() == metrics
+
+
+def test_arrays_of_another_form_are_refused(tmp_path: Path) -> None:
+    with run_log(tmp_path) as log:
+        for name in ("load", "step/load", "/load", "layer_00/"):
+            with pytest.raises(ValueError, match="must be a layer's name, a slash, and a name"):
+                log.arrays(1, {name: [1.0]})
+        with pytest.raises(ValueError, match=r"'layer_00/load' has shape \(1, 2\)"):
+            log.arrays(1, {"layer_00/load": [[1.0, 2.0]]})
+    assert lines(tmp_path, "routing.jsonl") == []
+    with pytest.raises(FileNotFoundError, match="no routing over time at"):
+        read_routing(tmp_path / "none")
+
+
 def test_loads_become_histograms(tmp_path: Path) -> None:
     with run_log(tmp_path) as log:
         log.histograms(7, {"router/layer_03/load": jnp.array([[1.0, 3.0], [3.0, jnp.nan]])})
@@ -195,6 +265,7 @@ def test_other_processes_write_nothing(tmp_path: Path) -> None:
     with run_log(tmp_path / "run", enabled=False, console=Console(file=output)) as log:
         log.write(1, {"x": 1.0})
         log.histograms(1, {"y": np.ones(3)})
+        log.arrays(1, {"layer_00/load": np.ones(3)})
         log.progress(1, loss=1.0, rate=1.0)
     assert not (tmp_path / "run").exists()
     assert output.getvalue() == ""

@@ -275,33 +275,6 @@ def test_profiled_steps_lie_within_the_run(profile, steps, start, expected):
     assert list(loop._profiled(config, start)) == expected
 
 
-def test_time_of_evaluations_is_left_out_of_the_rate(monkeypatch, finished, one_device):
-    now = [100.0]
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
-    run = build(freeze(lm_tree(finished.source)), finished.workdir)
-    meter = loop._Meter(run, 0)
-    written = {}
-
-    class Log:
-        def write(self, step, scalars):
-            written.update(scalars)
-
-        def histograms(self, step, arrays):
-            pass
-
-        def progress(self, step, **words):
-            pass
-
-    now[0] += 3.0  # three steps of a second, an evaluation of ten, one more second
-    with meter.left_out():
-        now[0] += 10.0
-    now[0] += 1.0
-    layer = {"max_vio": np.zeros(2), "load": np.zeros((2, 4))}
-    metrics = {"loss": 1.0, "penalty": 0.0, "grad_norm": 1.0, "learning_rate": 0.1}
-    meter.log(4, metrics | {"router": {"0": layer}}, Log())
-    assert written["train/tokens_per_second"] == pytest.approx(4 * 8 * 32 / 4.0)
-
-
 # -------------------------------------------------------------------------------- what it refuses
 
 

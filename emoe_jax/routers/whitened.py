@@ -1,0 +1,235 @@
+"""The balanced eigenbasis router: whitened projections, orthonormal experts, an offset.
+
+Centred tokens are projected on a basis that follows their principal subspace, divided by a power of
+their covariance there, and scored against orthonormal expert directions. If tokens are elliptically
+distributed and whitened fully, every permutation of the experts is a rotation of what is scored, so
+all experts get the same load; what is not elliptical the offset takes up. docs/routing.md has the
+theorem and the measurements.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from emoe_jax import basis as bases
+from emoe_jax.config import MoEConfig
+from emoe_jax.routers.base import (
+    Context,
+    Router,
+    RouterState,
+    Routing,
+    State,
+    linear,
+    router_options,
+)
+from emoe_jax.routers.offset import (
+    TEMPERATURE,
+    accept,
+    choose_by_offset,
+    move_offset,
+    rates,
+    usable,
+)
+
+Array = jax.Array
+
+WHITENING = 0.25
+"""alpha: half way between none and full, which amplifies rare directions too much on text."""
+
+
+class WhitenedRouter(Router):
+    """Routes a token by its whitened coordinates in an eigenbasis of the tokens.
+
+    1. z = Qᵀ(h - μ); u = C^-α z, scaled to unit variance on average (`basis.whitener`).
+    2. s = Aᵀu, with A [R,E] of orthonormal columns; for E > R of orthonormal rows, a tight frame,
+       times sqrt(E/R), so that columns have unit length on average.
+    3. The K largest s + b are chosen; the gates are softmax((s + b)/τ), see `offset`.
+    4. After each step μ, Q, C and b move (`update`), from sums over the global batch. A step routes
+       by the state of the step before, so a route depends on no other token; evaluation moves
+       nothing.
+
+    The directions are used as they stand: `basis.prepare_bases` orthonormalises their weight, once
+    per step, as it does the basis where `routing.subspace` is "learned".
+
+    Attributes:
+        directions: weight of A, [R,E], or [E,R] for E > R.
+        log_temperature: log τ [].
+        basis: Q [D,R]; a parameter where it is learned, running state otherwise.
+        mean: μ [D], running state, as all that follow.
+        image: V [D,R], mean of (h - μ)zᵀ, only where the basis is tracked.
+        covariance: C [R,R], mean of zzᵀ.
+        whitener: C^-α, scaled, [R,R].
+        spectrum: eigenvalues of C [R], ascending.
+        offset: b [E], only with `routing.offset`.
+        updates: n [], updates so far.
+    """
+
+    OPTIONS: ClassVar[frozenset[str]] = frozenset(
+        {"temperature", "renormalize", "offset", "subspace", "whitening"}
+    )
+    CALIBRATES: ClassVar[bool] = True
+
+    def __init__(self, config: MoEConfig, width: int, *, rngs: nnx.Rngs) -> None:
+        E, R = config.experts, config.basis.rank_of(width)
+        options = _options(config)
+        self.top_k = config.top_k
+        self.method = config.basis.method
+        self.renormalize = options["renormalize"]
+        self.subspace = options["subspace"]
+        tall = (max(R, E), min(R, E))
+        weight = jax.random.normal(rngs.params(), tall, jnp.float32)
+        self.directions = nnx.Param(bases.orthonormalize(weight))
+        self.is_frame = E > R
+        self.log_temperature = nnx.Param(jnp.log(jnp.float32(options["temperature"])))
+        drawn = bases.orthonormalize(jax.random.normal(rngs.params(), (width, R), jnp.float32))
+        learned = self.subspace == "learned"
+        self.basis = nnx.Param(drawn) if learned else RouterState(drawn)
+        self.mean = RouterState(jnp.zeros((width,), jnp.float32))
+        if self.subspace == "tracked":
+            self.image = RouterState(jnp.zeros((width, R), jnp.float32))
+        self.covariance = RouterState(jnp.eye(R, dtype=jnp.float32))
+        self.whitener = RouterState(jnp.eye(R, dtype=jnp.float32))
+        self.spectrum = RouterState(jnp.ones((R,), jnp.float32))
+        self.has_offset = options["offset"]
+        if self.has_offset:
+            self.offset = RouterState(jnp.zeros((E,), jnp.float32))
+        self.updates = RouterState(jnp.zeros((), jnp.float32))
+
+    def __call__(self, tokens: Array, context: Context) -> Routing:
+        """Routes tokens [T,D]; see the class. Tokens that are not finite go where the mean goes."""
+        basis, directions = self.basis[...], self.directions[...]
+        if context.train:
+            directions = bases.prepare_in_pass(directions, self.method)
+            if self.subspace == "learned":
+                basis = bases.prepare_in_pass(basis, self.method)
+        h = tokens.astype(jnp.float32)
+        good = usable(h, context.mask.reshape(-1))
+        centred = jnp.where(good[:, None], h - self.mean[...][None, :], 0.0)
+        z = linear(centred, basis)
+        E = directions.shape[0] if self.is_frame else directions.shape[1]
+        none = jnp.zeros((E,), jnp.float32)
+        return choose_by_offset(
+            linear(z, linear(self.whitener[...], self._frame(directions))),
+            self.offset[...] if self.has_offset else none,
+            self.log_temperature[...],
+            context,
+            k=self.top_k,
+            renormalize=self.renormalize,
+            metrics=self._metrics(basis),
+            stats=_moments(centred, z, good, self.subspace == "tracked"),
+        )
+
+    def _frame(self, directions: Array) -> Array:
+        """A [R,E]."""
+        if not self.is_frame:
+            return directions
+        E, R = directions.shape
+        return directions.T * jnp.float32((E / R) ** 0.5)
+
+    def _metrics(self, basis: Array) -> dict[str, Array]:
+        """What the state says before this step."""
+        spectrum = self.spectrum[...]
+        return {
+            "orthonormality_error": bases.orthonormality_error(lax.stop_gradient(basis)),
+            "condition": spectrum[-1] / jnp.maximum(spectrum[0], 1e-6 * spectrum[-1] + bases.TINY),
+        }
+
+    @staticmethod
+    def update(config: MoEConfig, state: State, stats: dict[str, Array], progress: Array) -> State:
+        """Moves mean, basis, covariance, whitening and offset; see `offset.rates`."""
+        rate = rates(state["updates"], progress)
+        rho = rate.statistics
+        # Means over tokens less the running mean μ; it moves by ρ times the first.
+        batch = _means(stats, ("token_sum", "z_sum", "z_gram", "image_sum"))
+        shift, turned = batch["token_sum"], batch["z_sum"]
+        square = about_moved_mean(batch["z_gram"], turned, turned, rho)
+        covariance = _towards(state["covariance"], square, rho)
+        whitener, spectrum = bases.whitener(covariance, _options(config)["whitening"])
+        new: dict[str, Any] = {
+            "mean": state["mean"] + rho[..., None] * shift,
+            "covariance": covariance,
+            "whitener": whitener,
+            "spectrum": spectrum,
+            "updates": state["updates"] + 1.0,
+        }
+        if "image" in state:
+            image = about_moved_mean(batch["image_sum"], shift, turned, rho)
+            new["image"] = _towards(state["image"], image, rho)
+            new["basis"] = bases.follow(new["image"], state["basis"])
+        elif "basis" in state:
+            new["basis"] = state["basis"]
+        if "offset" in state:
+            new["offset"] = move_offset(state["offset"], stats["load"], rate.offset, config.top_k)
+        return accept(new, state, stats["counted"])
+
+
+def _options(config: MoEConfig) -> dict[str, Any]:
+    return router_options(
+        config,
+        WhitenedRouter,
+        temperature=TEMPERATURE,
+        renormalize=False,
+        offset=True,
+        subspace="tracked",
+        whitening=WHITENING,
+    )
+
+
+def _means(stats: dict[str, Array], names: tuple[str, ...]) -> dict[str, Array]:
+    """Sums over counted tokens as means."""
+    count = jnp.maximum(stats["counted"], 1.0)
+    return {
+        name: stats[name] / count.reshape(count.shape + (1,) * (stats[name].ndim - count.ndim))
+        for name in names
+        if name in stats
+    }
+
+
+def about_moved_mean(moment: Array, left: Array, right: Array, rate: Array) -> Array:
+    """E[(x - ρE[x])(y - ρE[y])ᵀ] = E[xyᵀ] - (2ρ - ρ²) E[x]E[y]ᵀ.
+
+    A second moment about the running mean, after that has moved by ρ towards the batch's: so the
+    first update, with ρ = 1, takes the covariance of the batch, wherever the tokens lie.
+
+    Args:
+        moment: E[xyᵀ] [...,M,N].
+        left: E[x] [...,M].
+        right: E[y] [...,N].
+        rate: ρ [...].
+    """
+    part = (2.0 * rate - jnp.square(rate))[..., None, None]
+    return moment - part * left[..., :, None] * right[..., None, :]
+
+
+def _towards(running: Array, value: Array, rate: Array) -> Array:
+    """Moves a running mean [...,M,N] by `rate` [...] towards a value."""
+    return running + rate[..., None, None] * (value - running)
+
+
+def _moments(centred: Array, z: Array, good: Array, tracked: bool) -> dict[str, Array]:
+    """Sums over counted tokens: D + 1 + R + 1 + R² numbers, and D·R for a tracked basis.
+
+    Args:
+        centred: h - μ [T,D], zero for tokens that do not count.
+        z: Qᵀ(h - μ) [T,R].
+        good: [T] bool, tokens that count.
+        tracked: whether the basis is.
+    """
+    h, z = lax.stop_gradient((centred, z))
+    products = {
+        "z_gram": jnp.einsum("tr,ts->rs", z, z, precision=lax.Precision.HIGHEST),
+    }
+    if tracked:
+        products["image_sum"] = jnp.einsum("td,tr->dr", h, z, precision=lax.Precision.HIGHEST)
+    return products | {
+        "counted": jnp.sum(good, dtype=jnp.float32),
+        "token_sum": jnp.sum(h, axis=0),
+        "token_square": jnp.sum(jnp.square(h)),
+        "z_sum": jnp.sum(z, axis=0),
+        "z_square": jnp.trace(products["z_gram"]),
+    }

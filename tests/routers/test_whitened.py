@@ -1,0 +1,308 @@
+"""The balanced eigenbasis router: the theorem, its state, and what it refuses to be broken by."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from emoe_jax import basis as bases
+from emoe_jax import pure
+from emoe_jax.config import BasisConfig, MoEConfig, RouterConfig
+from emoe_jax.metrics import energy_captured, max_violation
+from emoe_jax.routers import Context, RouterState, WhitenedRouter, make_router
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+D, E, T = 8, 4, 20_000
+START, END = jnp.zeros(()), jnp.ones(())
+
+
+def draw(shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
+
+
+def config(experts=E, top_k=1, rank=D, **options):
+    return MoEConfig(
+        router="whitened",
+        experts=experts,
+        top_k=top_k,
+        basis=BasisConfig(rank=rank),
+        routing=RouterConfig(**options),
+    )
+
+
+def state_of(router):
+    return {k: v[...] for k, v in vars(router).items() if isinstance(v, RouterState)}
+
+
+@functools.partial(jax.jit, static_argnames=("config", "updates"))
+def settle(config, tokens, directions, updates=12):
+    """Loads and routes of tokens [T,D] whose statistics have caught up."""
+    graph, params, state = pure.split(make_router(config, tokens.shape[1], rngs=nnx.Rngs(0)))
+    params = params | {"directions": directions}
+    context = Context(jnp.ones((1, tokens.shape[0]), bool))
+
+    def body(_, state):
+        stats = graph.bind(params, state)(tokens, context).stats
+        return WhitenedRouter.update(config, state, stats, END)
+
+    state = jax.lax.fori_loop(0, updates, body, state)
+    routing = graph.bind(params, state)(tokens, context)
+    return routing.stats["load"], routing.indices
+
+
+def directions(config, seed=0):
+    R = config.basis.rank
+    shape = (max(R, config.experts), min(R, config.experts))
+    return bases.orthonormalize(draw(shape, seed))
+
+
+FULL = config(whitening=0.5, offset=False)
+"""Full whitening and no offset: what the theorem speaks of."""
+
+
+# --- the theorem ------------------------------------------------------------------------------
+
+
+@given(seed=st.integers(0, 1000), law=st.sampled_from(["normal", "student", "shell"]))
+@settings(max_examples=8)
+def test_elliptical_tokens_of_any_mean_and_covariance_are_balanced(seed, law):
+    rng = np.random.default_rng(seed)
+    sphere = rng.standard_normal((T, D))
+    if law == "student":  # t with 5 degrees of freedom: one radius for all coordinates
+        sphere = sphere / np.sqrt(rng.chisquare(5, (T, 1)) / 5)
+    if law == "shell":
+        sphere = sphere / np.linalg.norm(sphere, axis=1, keepdims=True)
+    scales = np.exp(rng.uniform(-1.5, 1.5, D))
+    turn, _ = np.linalg.qr(rng.standard_normal((D, D)))
+    tokens = jnp.asarray((sphere * scales) @ turn + rng.normal(size=D) * 3, jnp.float32)
+    load, _ = settle(FULL, tokens, directions(FULL, seed))
+    # Sampling error of a share of 1/4 in 20,000 tokens is 0.0031: five of them.
+    np.testing.assert_allclose(np.asarray(load) / T, 1 / E, atol=0.0155)
+
+
+def test_without_whitening_the_same_tokens_are_not_balanced():
+    plain = config(whitening=0.0, offset=False)
+    tokens = draw((T, D)) * jnp.array([8.0, 1, 1, 1, 1, 1, 1, 1])[None, :]
+    skew = jnp.eye(D)[:, :E] * 1.0
+    # Expert 0 reads the long axis alone: its scores are spread eight times as wide.
+    unbalanced, _ = settle(plain, tokens, skew)
+    balanced, _ = settle(FULL, tokens, skew)
+    assert float(max_violation(unbalanced)) > 0.5
+    assert float(max_violation(balanced)) < 0.05
+
+
+def test_a_frame_of_more_experts_than_directions_is_balanced_by_the_offset():
+    wide = config(experts=12, top_k=2, rank=4)
+    tokens = draw((T, D)) @ jnp.diag(jnp.arange(1.0, D + 1.0))
+    load, _ = settle(wide, tokens, directions(wide), updates=150)
+    assert float(max_violation(load)) < 0.02
+
+
+def test_what_is_not_elliptical_the_offset_takes_up():
+    tokens = jnp.exp(1.5 * draw((T, D)))
+    without, _ = settle(FULL, tokens, directions(FULL))
+    with_offset = config(whitening=0.5)
+    load, _ = settle(with_offset, tokens, directions(FULL), updates=150)
+    assert float(max_violation(without)) > 0.1
+    assert float(max_violation(load)) < 0.02
+
+
+@given(seed=st.integers(0, 1000), scale=st.floats(0.05, 20.0), shift=st.floats(-10.0, 10.0))
+@settings(max_examples=8)
+def test_shift_and_scale_of_all_tokens_change_no_route(seed, scale, shift):
+    some = config()
+    tokens = draw((500, D), seed)
+    moved = jnp.float32(scale) * tokens + jnp.float32(shift)
+    routes = [settle(some, x, directions(some))[1] for x in (tokens, moved)]
+    assert np.mean(np.asarray(routes[0] == routes[1])) > 0.99  # but for ties by rounding
+
+
+def test_an_invertible_map_keeps_the_loads_of_elliptical_tokens():
+    tokens = draw((T, D))
+    mapped = tokens @ (draw((D, D), 5) + 2 * jnp.eye(D))
+    loads = [settle(FULL, x, directions(FULL))[0] / T for x in (tokens, mapped)]
+    np.testing.assert_allclose(loads[0], loads[1], atol=0.0155)
+
+
+def test_permuting_experts_permutes_loads():
+    order = np.array([2, 0, 3, 1])
+    tokens = jnp.asarray(np.random.default_rng(0).exponential(size=(2000, D)), jnp.float32)
+    columns = directions(FULL)
+    load, routes = settle(FULL, tokens, columns)
+    permuted, other = settle(FULL, tokens, columns[:, order])
+    np.testing.assert_array_equal(permuted, np.asarray(load)[order])
+    np.testing.assert_array_equal(order[np.asarray(other)], routes)
+
+
+# --- one step -----------------------------------------------------------------------------------
+
+
+def test_scores_by_hand():
+    router = make_router(config(experts=2, rank=2, whitening=0.5), 3, rngs=nnx.Rngs(0))
+    router.basis[...] = jnp.array([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+    router.mean[...] = jnp.array([1.0, 1.0, 1.0])
+    router.whitener[...] = jnp.array([[0.5, 0.0], [0.0, 2.0]])
+    router.directions[...] = jnp.array([[0.0, 1.0], [1.0, 0.0]])
+    router.offset[...] = jnp.array([0.25, -0.25])
+    router.log_temperature[...] = jnp.zeros(())
+    # z = (2, 1) and u = (1, 2): expert 0 reads the second direction, expert 1 the first.
+    routing = router(jnp.array([[3.0, 2.0, 9.0]]), Context(jnp.ones((1, 1), bool)))
+    chex.assert_trees_all_close(routing.probs[0], jax.nn.softmax(jnp.array([2.25, 0.75])))
+    assert routing.indices.tolist() == [[0]]
+    stats = routing.stats
+    chex.assert_trees_all_equal(stats["token_sum"], jnp.array([2.0, 1.0, 8.0]))
+    chex.assert_trees_all_equal(stats["z_gram"], jnp.array([[4.0, 2.0], [2.0, 1.0]]))
+    chex.assert_trees_all_equal(stats["image_sum"], jnp.array([[4.0, 2.0], [2.0, 1.0], [16.0, 8]]))
+
+
+def test_the_basis_finds_the_principal_subspace_and_stays_orthonormal():
+    some = config(rank=2)
+    # Variances 9 and 4 along two axes, 1/4 along the others.
+    tokens = draw((4000, D)) * jnp.array([0.5, 3, 0.5, 0.5, 2, 0.5, 0.5, 0.5])[None, :]
+    router = make_router(some, D, rngs=nnx.Rngs(0))
+    context = Context(jnp.ones((1, 4000), bool))
+    for _ in range(60):
+        stats = router(tokens, context).stats
+        for name, value in WhitenedRouter.update(some, state_of(router), stats, END).items():
+            getattr(router, name)[...] = value
+    assert float(bases.orthonormality_error(router.basis[...])) < 1e-5
+    principal = jnp.zeros((D, 2)).at[1, 0].set(1.0).at[4, 1].set(1.0)
+    assert float(bases.drift(principal, router.basis[...])) < 0.05
+    assert float(energy_captured(router(tokens, context).stats)) == pytest.approx(
+        13 / 14.5, abs=0.02
+    )
+
+
+def test_gradients_reach_tokens_directions_and_temperature_and_no_state():
+    router = make_router(config(top_k=2), D, rngs=nnx.Rngs(0))
+    graph, params, state = pure.split(router)
+    context = Context(jnp.ones((1, 6), bool))
+
+    def loss(params, state, tokens):
+        routing = graph.bind(params, state)(tokens, context)
+        return jnp.sum(routing.weights[:, 0] * jnp.arange(6.0))
+
+    grads = jax.grad(loss, argnums=(0, 1, 2))(params, state, draw((6, D)))
+    assert set(grads[0]) == {"directions", "log_temperature"}
+    assert all(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves((grads[0], grads[2])))
+
+    # The statistics pass no gradient.
+    def counted(tokens):
+        stats = router(tokens, context).stats
+        return sum(jnp.sum(stats[name]) for name in ("z_gram", "image_sum", "token_square"))
+
+    assert not np.any(np.asarray(jax.grad(counted)(draw((6, D)))))
+
+
+def test_a_learned_basis_is_a_parameter_and_a_fixed_one_never_moves():
+    learned = make_router(config(subspace="learned"), D, rngs=nnx.Rngs(0))
+    fixed = make_router(config(subspace="fixed"), D, rngs=nnx.Rngs(0))
+    assert set(pure.split(learned)[1]) == {"basis", "directions", "log_temperature"}
+    assert not {"basis", "image"} & set(state_of(learned))
+    context = Context(jnp.ones((1, 50), bool))
+    stats = fixed(draw((50, D)), context).stats
+    assert "image_sum" not in stats
+    new = WhitenedRouter.update(config(subspace="fixed"), state_of(fixed), stats, START)
+    chex.assert_trees_all_equal(new["basis"], fixed.basis[...])
+    assert set(new) == set(state_of(fixed))
+
+
+def test_a_training_pass_of_its_own_prepares_the_directions():
+    router = make_router(config(subspace="learned"), D, rngs=nnx.Rngs(0))
+    tokens, mask = draw((6, D)), jnp.ones((1, 6), bool)
+    expected = router(tokens, Context(mask)).probs
+    router.directions[...] = 3.0 * router.directions[...]
+    router.basis[...] = 2.0 * router.basis[...]
+    chex.assert_trees_all_close(
+        router(tokens, Context(mask, train=True)).probs, expected, rtol=1e-5
+    )
+
+
+# --- bad data -------------------------------------------------------------------------------------
+
+
+def after(config, tokens, steps=3):
+    """State and routing after some updates with the same tokens."""
+    router = make_router(config, tokens.shape[1], rngs=nnx.Rngs(0))
+    context = Context(jnp.ones((1, tokens.shape[0]), bool))
+    for _ in range(steps):
+        stats = router(tokens, context).stats
+        for name, value in WhitenedRouter.update(config, state_of(router), stats, START).items():
+            getattr(router, name)[...] = value
+    return state_of(router), router(tokens, context)
+
+
+@pytest.mark.parametrize("whitening", [0.0, 0.25, 0.5])
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        pytest.param(np.full((20, D), 3.0, np.float32), id="constant"),
+        pytest.param(np.zeros((20, D), np.float32), id="zero"),
+        pytest.param(np.outer(np.arange(20.0), np.ones(D)).astype(np.float32), id="rank one"),
+        pytest.param(np.ones((1, D), np.float32), id="one token"),
+        pytest.param(np.full((20, D), 1e30, np.float32), id="huge"),
+        pytest.param(np.full((20, D), 1e-30, np.float32), id="tiny"),
+    ],
+)
+def test_degenerate_tokens_leave_everything_finite(tokens, whitening):
+    state, routing = after(config(whitening=whitening), jnp.asarray(tokens))
+    chex.assert_tree_all_finite(state)
+    chex.assert_tree_all_finite((routing.weights, routing.probs))
+    assert float(bases.orthonormality_error(state["basis"])) < 1e-5
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
+def test_one_bad_token_is_left_out_of_the_statistics(bad):
+    tokens = draw((20, D))
+    spoilt = jnp.concatenate([tokens, jnp.full((1, D), bad)])
+    clean, _ = after(config(offset=False), tokens)
+    state, routing = after(config(offset=False), spoilt)
+    chex.assert_trees_all_close(state, clean, rtol=1e-5, atol=1e-6)
+    assert np.all(np.isfinite(routing.weights))
+
+
+def test_padding_is_in_no_statistic():
+    router = make_router(config(), D, rngs=nnx.Rngs(0))
+    tokens = draw((6, D))
+    mask = jnp.array([[True, True, False], [True, False, True]])
+    real = np.asarray(mask).reshape(-1)
+    padded = router(tokens, Context(mask)).stats
+    alone = router(tokens[real], Context(jnp.ones((1, 4), bool))).stats
+    chex.assert_trees_all_close(padded, alone, rtol=1e-6, atol=1e-6)
+
+
+def test_a_batch_of_padding_alone_moves_nothing():
+    router = make_router(config(), D, rngs=nnx.Rngs(0))
+    stats = router(draw((6, D)), Context(jnp.zeros((2, 3), bool))).stats
+    new = WhitenedRouter.update(config(), state_of(router), stats, START)
+    chex.assert_trees_all_equal(new, state_of(router))
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(2, 1), (2, 2), (256, 8), (5, 3)])
+def test_any_number_of_experts(experts, top_k):
+    state, routing = after(config(experts=experts, top_k=top_k), draw((30, D)))
+    assert routing.indices.shape == (30, top_k)
+    chex.assert_tree_all_finite((state, routing.weights))
+
+
+def test_a_rank_above_the_width_is_refused():
+    with pytest.raises(ValueError, match=r"basis.rank=9 is more than width=8.*to 8 or less"):
+        make_router(config(rank=9), D, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("value", [-0.1, 0.6])
+def test_a_power_out_of_range_is_refused(value):
+    with pytest.raises(ValueError, match=f"routing.whitening={value} must lie between 0"):
+        RouterConfig(whitening=value)
+
+
+def test_an_unknown_subspace_is_refused():
+    with pytest.raises(ValueError, match=r"routing.subspace='best' is not known; choose one of tr"):
+        RouterConfig(subspace="best")

@@ -1,0 +1,186 @@
+"""What a run tells while it trains: scalars, loads, alarms."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from emoe_jax.basis import drift
+from emoe_jax.metrics import dead_experts, max_violation
+from train.config import AlarmConfig
+from train.evaluate import routing_rows
+from train.flops import flops_per_unit
+from train.logs import RunLog, peak_flops
+from train.run import Run
+
+Tree = Any
+Row = dict[str, Any]
+
+LOGGER = logging.getLogger(__name__)
+
+WINDOW = 100
+"""Steps over which running loads are taken."""
+
+
+class Meter:
+    """Turns the metrics of steps into scalars, histograms and progress.
+
+    Args:
+        run: the run.
+        step: steps done so far.
+        state: the training state after them.
+    """
+
+    def __init__(self, run: Run, step: int, state: Tree) -> None:
+        self.run = run
+        length = run.units_per_step // run.config.batch if run.unit == "tokens" else _tokens(run)
+        self.flops = flops_per_unit(run.config.model, run.abstract["params"], length)
+        peak = peak_flops(jax.devices()[0].device_kind)
+        # The formula counts the gradients of all weights: no utilisation where some have none.
+        frozen = bool(run.config.optim.trainable)
+        self.peak = None if peak is None or frozen else peak * jax.device_count()
+        self.step, self.time = step, time.perf_counter()
+        self.window: collections.deque[dict[str, Any]] = collections.deque(maxlen=WINDOW)
+        self.alarms = Alarms(run.config.alarm)
+        self.reference = _copy(_bases(state))
+        self.drift = {
+            place: jax.jit(drift).lower(basis, basis).compile()
+            for place, basis in self.reference.items()
+        }
+
+    @contextlib.contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Leaves what happens inside out of the rate."""
+        began = time.perf_counter()
+        yield
+        self.time += time.perf_counter() - began
+
+    def see(self, metrics: Tree) -> None:
+        """Takes the loads of a step into the window; does not wait for them."""
+        self.window.append({place: layer["load"] for place, layer in metrics["router"].items()})
+
+    def saved(self, state: Tree) -> None:
+        """A checkpoint was written: drift is counted from here."""
+        self.reference = _copy(_bases(state))
+
+    def log(self, step: int, metrics: Tree, state: Tree, log: RunLog) -> None:
+        """Writes scalars, arrays and progress of a step.
+
+        Args:
+            step: steps done.
+            metrics: of the last of them.
+            state: the training state after it.
+            log: of the run.
+        """
+        now = time.perf_counter()
+        rate = (step - self.step) * self.run.units_per_step / max(now - self.time, 1e-9)
+        self.step, self.time = step, now
+        mfu = None if self.peak is None else rate * self.flops / self.peak
+        metrics = jax.device_get(metrics)
+        rows = self._rows(metrics["router"], state)
+        scalars = {f"train/{k}": v for k, v in metrics.items() if k != "router"}
+        scalars[f"train/{self.run.unit}_per_second"] = rate
+        if mfu is not None:
+            scalars["train/mfu"] = mfu
+        for row in rows:
+            scalars |= {f"router/{row['layer']}/{k}": v for k, v in row.items() if _is_scalar(v)}
+        scalars |= self.alarms.check(step, rows)
+        log.write(step, {name: float(value) for name, value in scalars.items()})
+        log.histograms(step, {f"router/{r['layer']}/load": np.asarray(r["load"]) for r in rows})
+        arrays = {f"{r['layer']}/{k}": v for r in rows for k, v in r.items() if isinstance(v, list)}
+        log.arrays(step, {name: np.asarray(values) for name, values in arrays.items()})
+        worst = max((row["max_vio"] for row in rows), default=None)
+        log.progress(step, loss=float(metrics["loss"]), rate=rate, mfu=mfu, max_vio=worst)
+
+    def _rows(self, metrics: Tree, state: Tree) -> list[Row]:
+        """The rows of `evaluate.routing_rows`, with what is known beyond the step."""
+        loads = jax.device_get(list(self.window))
+        mean = jax.tree.map(lambda *each: np.mean(each, axis=0), *loads)
+        more: Tree = {
+            place: {
+                "max_vio_window": max_violation(load),
+                "dead_window": dead_experts(load),
+            }
+            for place, load in mean.items()
+        }
+        now = _bases(state)
+        for place, compiled in self.drift.items():
+            more[place]["drift"] = compiled(self.reference[place], now[place])
+        for place, router in _routers(state["router"]).items():
+            if "spectrum" in router:
+                more[place]["spectrum"] = router["spectrum"]
+        more = jax.device_get(more)
+        return routing_rows(self.run, {p: layer | more[p] for p, layer in metrics.items()})
+
+
+class Alarms:
+    """Compares layers with thresholds, and says when one is crossed."""
+
+    def __init__(self, config: AlarmConfig) -> None:
+        self.limits = {
+            "dead_window": float(config.dead),
+            "max_vio_window": config.max_vio,
+            "orthonormality_error": config.orthonormality,
+            "drop_fraction": config.drops,
+        }
+        self.on: set[tuple[str, str]] = set()
+
+    def check(self, step: int, rows: list[Row]) -> dict[str, float]:
+        """How many layers are above each threshold, as scalars; logs each crossing once."""
+        above = {
+            (name, row["layer"]): row[name]
+            for name, limit in self.limits.items()
+            for row in rows
+            if name in row and not row[name] <= limit  # NaN is above too
+        }
+        for name, layer in sorted(above.keys() - self.on):
+            LOGGER.warning(
+                "alarm at step %d: %s of %s is %.4g, above %g",
+                *(step, name, layer, above[name, layer], self.limits[name]),
+            )
+        for name, layer in sorted(self.on - above.keys()):
+            LOGGER.warning(
+                "alarm over at step %d: %s of %s is no longer above %g",
+                *(step, name, layer, self.limits[name]),
+            )
+        self.on = set(above)
+        counts = collections.Counter(name for name, _ in above)
+        return {f"alarm/{name}": float(counts[name]) for name in self.limits if rows}
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, float)
+
+
+def _tokens(run: Run) -> int:
+    """Tokens of one image."""
+    return int(run.abstract["params"]["position"].shape[0])
+
+
+def _routers(tree: Tree) -> dict[str, Tree]:
+    """The routers' part of parameters or running state, by place in the period."""
+    groups = tree.get("blocks", {}).get("groups", {})
+    return {
+        place: group["moe"]["router"]
+        for place, group in groups.items()
+        if "router" in group.get("moe", {})
+    }
+
+
+def _bases(state: Tree) -> dict[str, jax.Array]:
+    """The bases [repeats,D,R] of eigenbasis routers, by place, wherever they are kept."""
+    both = _routers(state["params"]), _routers(state["router"])
+    return {p: router["basis"] for part in both for p, router in part.items() if "basis" in router}
+
+
+def _copy(tree: Tree) -> Tree:
+    """Arrays of their own: those of the state are donated to the next step."""
+    return jax.tree.map(jnp.copy, tree)
