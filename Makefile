@@ -17,7 +17,7 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
 
 # Full products where the tests take pairwise covers: hours. ARGS="-k expert8" takes a part.
-soak: $(VENV)/.test
+soak: $(VENV)/.soak
 	EMOE_TEST_DEVICES=16 $(BIN)/python -m pytest -q -n 2 -m soak $(ARGS)
 
 lint: $(VENV)/.lint
@@ -35,6 +35,6 @@ $(BIN)/python:
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 # The extras of pyproject.toml; installed again when it changes.
-$(VENV)/.train $(VENV)/.test $(VENV)/.lint: $(VENV)/.%: pyproject.toml | $(BIN)/python
+$(VENV)/.train $(VENV)/.test $(VENV)/.soak $(VENV)/.lint: $(VENV)/.%: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
 	touch $@

@@ -216,3 +216,76 @@ def test_prepared_in_a_pass(method):
     # As a free matrix with "retraction", through the factorisation otherwise.
     expected = target if method == "retraction" else through(target)[0]
     chex.assert_trees_all_close(gradient, expected, atol=1e-4)
+
+
+# --- tracked bases and whitening --------------------------------------------------------------
+
+
+def covariance(seed=0, size=5):
+    factor = draw((size, size), seed)
+    return factor @ factor.T
+
+
+def test_following_finds_the_principal_subspace():
+    # Variances 4 and 1 along the first two axes, 1/9 along the third: the gap is 1/9 a step.
+    sigma = jnp.diag(jnp.array([4.0, 1.0, 1 / 9]))
+    basis = bases.qr(jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]))
+    principal = jnp.eye(3)[:, :2]
+    before = float(bases.drift(principal, basis))
+    for _ in range(3):
+        basis = bases.follow(sigma @ basis, basis)
+    assert float(bases.drift(principal, basis)) < 0.01 * before
+    assert float(bases.orthonormality_error(basis)) < 1e-6
+
+
+def test_following_does_not_turn_what_spans_the_same_space():
+    # Plain orthogonal iteration would turn these two directions onto the axes.
+    basis = bases.qr(jnp.array([[1.0, 1.0], [1.0, -1.0], [0.0, 0.0]]))
+    image = jnp.diag(jnp.array([4.0, 1.0, 0.1])) @ basis
+    chex.assert_trees_all_close(bases.follow(image, basis), basis, atol=1e-6)
+
+
+def test_following_nothing_stays():
+    basis = bases.qr(draw((2, 6, 3)))
+    chex.assert_trees_all_close(bases.follow(jnp.zeros((2, 6, 3)), basis), basis, atol=1e-6)
+    # Variance along one direction alone: the others stay orthonormal.
+    image = basis.at[:, :, 1:].set(0.0)
+    assert float(jnp.max(bases.orthonormality_error(bases.follow(image, basis)))) < 1e-5
+
+
+def test_bases_stay_orthonormal_over_many_steps():
+    @jax.jit
+    def step(basis, sigma):
+        return bases.follow(sigma @ basis, basis)
+
+    basis = bases.qr(draw((5, 3)))
+    for seed in range(200):
+        basis = step(basis, covariance(seed))
+    assert float(bases.orthonormality_error(basis)) < 1e-5
+
+
+@pytest.mark.parametrize("power", [0.0, 0.25, 0.5])
+def test_whitening_by_hand(power):
+    # A turned diag(9, 1), whose damped eigenvalues are 9.005 and 1.005.
+    turn = jnp.array([[0.6, -0.8], [0.8, 0.6]])
+    matrix, values = bases.whitener(turn @ jnp.diag(jnp.array([9.0, 1.0])) @ turn.T, power)
+    chex.assert_trees_all_close(values, jnp.array([1.0, 9.0]), rtol=1e-5)
+    damped = np.array([9.005, 1.005])
+    scale = np.mean(damped ** (1 - 2 * power)) ** -0.5
+    expected = turn @ np.diag(damped**-power * scale).astype(np.float32) @ turn.T
+    chex.assert_trees_all_close(matrix, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_full_whitening_gives_unit_covariance_layer_by_layer():
+    sigma = covariance(1) + jnp.eye(5)
+    stacked = jnp.stack([sigma, 100.0 * sigma])
+    matrix, _ = bases.whitener(stacked, 0.5)
+    for layer in range(2):
+        white = matrix[layer] @ stacked[layer] @ matrix[layer]
+        # But for the ridge: a thousandth of a mean variance of about six.
+        assert float(jnp.max(jnp.abs(white - jnp.eye(5)))) < 0.02
+
+
+def test_no_variance_is_divided_by_nothing():
+    matrix, values = bases.whitener(jnp.zeros((3, 3)), 0.5)
+    chex.assert_tree_all_finite((matrix, values))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from emoe_jax.metrics import (
     coefficient_of_variation,
     dead_experts,
+    drop_at_capacity,
     energy_captured,
     load_shares,
     max_violation,
@@ -112,6 +113,13 @@ def test_routing_metrics_of_stacked_layers():
         alone = routing_metrics({name: value[layer] for name, value in stats.items()})
         stacked = {name: value[layer] for name, value in metrics.items()}
         chex.assert_trees_all_close(alone, stacked, rtol=1e-6)
+
+
+def test_drops_of_a_batch_by_hand():
+    # Twelve assignments to four experts, room for ceil(1.25 * 3) = 4 each: 2 of 6 and 1 of 5 drop.
+    load = jnp.array([[6.0, 5.0, 1.0, 0.0], [3.0, 3.0, 3.0, 3.0]])
+    chex.assert_trees_all_close(drop_at_capacity(load, 1.25), jnp.array([3 / 12, 0.0]))
+    assert float(drop_at_capacity(jnp.zeros((4,)), 1.25)) == 0.0
 
 
 def test_energy_appears_where_the_router_measures_it():

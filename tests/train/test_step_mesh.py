@@ -20,11 +20,13 @@ STEPS, ROWS = 20, 32
         ("loss_free", {"data": 2, "fsdp": 2, "tensor": 2}, (1, 8, 8)),
         ("eigen", {"data": 2, "expert": 4}, (1, 16, 16)),
         ("eigen", {"fsdp": 2, "expert": 2, "tensor": 2}, (1, 8, 8)),
+        ("whitened", {"data": 2, "expert": 4}, (1, 16, 16)),
+        ("whitened", {"fsdp": 2, "expert": 2, "tensor": 2}, (1, 8, 8)),
     ],
 )
 def test_eight_devices_equal_one(router, mesh, shard):
     assert len(jax.devices()) == 8
-    moe = (EIGEN if router == "eigen" else {"router": router}) | {"dispatch": "dropless"}
+    moe = EIGEN | {"router": router, "dispatch": "dropless"}
     tree = small_tree(moe, mesh=mesh)
     spread = Trainer(tree, sharding.make_mesh(freeze(tree).mesh))
     kernel = spread.start()["params"]["blocks"]["groups"]["0"]["attention"]["query"]["kernel"]
@@ -32,7 +34,7 @@ def test_eight_devices_equal_one(router, mesh, shard):
     state, history = spread.run([text_batch(i) for i in range(3)])
     alone, histories = Trainer(small_tree(moe)).run([text_batch(i) for i in range(3)])
     chex.assert_trees_all_close(state["params"], alone["params"], rtol=1e-4, atol=1e-5)
-    chex.assert_trees_all_close(state["router"], alone["router"], rtol=1e-5)
+    chex.assert_trees_all_close(state["router"], alone["router"], rtol=1e-4, atol=1e-5)
     for one in (*history, *histories):
         one["router"]["0"].pop("overflow_fraction")  # one device exchanges nothing
     chex.assert_trees_all_close(history, histories, rtol=1e-4, atol=1e-5)
