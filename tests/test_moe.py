@@ -202,7 +202,5 @@ def test_an_unknown_router_is_refused_when_the_layer_is_made():
 
 def test_a_rank_above_the_width_is_refused_when_the_layer_is_made():
     config = MoEConfig(router="eigen", basis=BasisConfig(rank=7))
-    with pytest.raises(
-        ValueError, match=r"basis.rank=7 is more than width=6"
-    ):
+    with pytest.raises(ValueError, match=r"basis.rank=7 is more than width=6"):
         MoE(config, D, rngs=nnx.Rngs(0))

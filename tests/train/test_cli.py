@@ -12,6 +12,7 @@ from train import cli
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = "--config=configs/lm_tiny.py"
 
+COMPARE = ["train.compare", TINY, "--workdir={}"]
 CASES = {
     "unknown key": ["train", TINY, "--workdir={}", "--config.moe.experst=4"],
     "unknown group": ["train", TINY, "--workdir={}", "--config.meo.experts=4"],
@@ -43,6 +44,10 @@ CASES = {
     "workdir is a file": ["train", TINY, "--workdir=LICENSE"],
     "evaluate without run": ["train.evaluate", "--workdir={}"],
     "sample without run": ["train.sample", "--workdir={}", "--prompt=The"],
+    "report without run": ["train.report", "--workdir={}"],
+    "compare nothing known": [*COMPARE, "--routers=eigne,switch"],
+    "compare with nothing": [*COMPARE, "--routers=eigen,switch", "--baseline=softmax"],
+    "options not there": [*COMPARE, "--routers=eigen,switch", "--options={}/none.json"],
 }
 
 
@@ -86,7 +91,7 @@ def start(arguments: list[str], folder: pathlib.Path) -> subprocess.Popen[str]:
         ("unknown group", "config key 'meo.experts' does not exist; did you mean 'moe.experts'?"),
         ("wrong type", "--config.steps=many"),
         ("impossible value", "top_k=9 is more than experts=4: a token can go to at most all"),
-        ("unknown router", "router='eigne' is not known; choose one of eigen, softmax"),
+        ("unknown router", "router='eigne' is not known; choose one of whitened, eigen"),
         ("no config", "Flag --config must have a value"),
         (
             "config not there",
@@ -104,6 +109,10 @@ def start(arguments: list[str], folder: pathlib.Path) -> subprocess.Popen[str]:
             "name of no parameter",
             "optim.trainable names 'hed', which is no part of any parameter's",
         ),
+        ("compare nothing known", "'eigne'"),
+        ("compare with nothing", "--baseline=softmax is not among the variants"),
+        ("options not there", "none.json: there is no such file"),
+        ("report without run", "holds no run: there is no config.json; train one there with"),
         ("evaluate without run", "holds no run: there is no config.json; train one there with"),
         ("sample without run", "holds no run: there is no config.json; train one there with"),
     ],
