@@ -11,6 +11,8 @@ nothing, and so shows what E matrices cost whatever the method.
 `exchange` counts the bytes that the experts' exchange moves between devices and times the layer on
 several devices (virtual ones on CPU) against one, see `train.bench_exchange`.
 
+`router` times routers and their upkeep as a share of the layer, see `train.bench_router`.
+
 Runs are interleaved: each round runs every kernel once, and a ratio is the median over rounds of a
 kernel's time over the dense time of the same round, so that a load on the machine that comes and
 goes falls on both.
@@ -33,6 +35,7 @@ from emoe_jax.routers import Routing
 from train import timing
 from train.bench_adapter import adapter
 from train.bench_exchange import Shape, exchanges
+from train.bench_router import routers
 from train.tables import check_json_path, print_table, write_json
 from train.timing import Row, Step, interleave
 
@@ -75,6 +78,13 @@ flags.DEFINE_list(
 flags.DEFINE_float(
     "buffer_factor", 1.25, "exchange: see MoEConfig.", lower_bound=0.01, flag_values=FLAGS
 )
+flags.DEFINE_list(
+    "routers",
+    ["whitened", "softmax_offset", "eigen", "softmax", "loss_free"],
+    "router: which are timed.",
+    flag_values=FLAGS,
+)
+flags.DEFINE_integer("rank", 0, "router: R; 0: see BasisConfig.", flag_values=FLAGS)
 flags.DEFINE_boolean("help", False, "Print this help.", short_name="h", flag_values=FLAGS)
 
 
@@ -188,13 +198,19 @@ def _shown(row: Row) -> Row:
     """A row as printed: milliseconds as median (least-most)."""
     if "moved_bytes" in row:
         return {name.replace("_", " "): value for name, value in row.items()}
-    names = ("load", "exchange", "X", "E", "kernel", "model", "dtype", "images", "rounds")
+    names = ("load", "exchange", "router", "X", "E", "R", "kernel", "model", "dtype", "images")
+    names = (*names, "rounds")
     cells = {name: row[name] for name in names if name in row}
-    for part in ("forward", "step"):
+    for part in ("forward", "step", "layer", "router"):
+        if f"{part}_ms" not in row:
+            continue
         cells[f"{part} ms"] = timing.shown(row, part)
         for end in ("ratio", "images_per_s"):
             if f"{part}_{end}" in row:
                 cells[f"{part} {end.replace('_', ' ')}"] = f"{row[f'{part}_{end}']:.2f}"
+    if "share" in row:
+        spread = f"{row['share_min']:.3f}-{row['share_max']:.3f}"
+        cells["router / layer"] = f"{row['share']:.3f} ({spread})"
     if "compile_s" in row:
         cells["compile s"] = f"{row['compile_s']:.1f}"
     return cells
@@ -273,10 +289,23 @@ def exchange() -> list[Row]:
     return exchanges(shapes, FLAGS.dtype, FLAGS.repeats)
 
 
+def router() -> list[Row]:
+    """Times routers, see `train.bench_router.routers`.
+
+    Raises:
+        ValueError: a router or a number does not fit.
+    """
+    shape = {"T": FLAGS.tokens, "D": FLAGS.width, "F": FLAGS.hidden}
+    shape |= {"K": FLAGS.chosen, "R": FLAGS.rank}
+    experts = _numbers("experts", "8,32")
+    return routers(list(FLAGS.routers), experts, shape, FLAGS.dtype, FLAGS.repeats)
+
+
 BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
     "grouped": grouped,
     "adapter": lambda: adapter(FLAGS.images, FLAGS.repeats, FLAGS.model, FLAGS.dtype),
     "exchange": exchange,
+    "router": router,
 }
 
 if __name__ == "__main__":
