@@ -198,9 +198,8 @@ def _shown(row: Row) -> Row:
     """A row as printed: milliseconds as median (least-most)."""
     if "moved_bytes" in row:
         return {name.replace("_", " "): value for name, value in row.items()}
-    names = ("load", "exchange", "router", "X", "E", "R", "kernel", "model", "dtype", "images")
-    names = (*names, "rounds")
-    cells = {name: row[name] for name in names if name in row}
+    names = ("load", "exchange", "router", "X", "E", "R", "kernel", "model", "dtype")
+    cells = {name: row[name] for name in (*names, "images", "rounds") if name in row}
     for part in ("forward", "step", "layer", "router"):
         if f"{part}_ms" not in row:
             continue
