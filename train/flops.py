@@ -1,4 +1,4 @@
-"""Model FLOPs: the multiply-adds that a model must do, by formula, for the utilisation (MFU)."""
+"""Model FLOPs, by formula, and the peaks of devices: what utilisation (MFU) is made of."""
 
 from __future__ import annotations
 
@@ -11,7 +11,45 @@ from emoe_jax.config import LMConfig, ViTConfig, moe_layers
 
 Tree = Any
 
-MATRICES = ("kernel", "w_gate", "w_up", "w_down", "basis", "masks")
+MATRICES = ("kernel", "w_gate", "w_up", "w_down", "basis", "directions", "masks")
+
+# Dense bfloat16 FLOP/s of one JAX device, by `jax.Device.device_kind`; sources in `peak_flops`.
+_PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 2307e12 / 2,  # a chip is two devices
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Published dense bfloat16 peak of one JAX device, for the model FLOP utilisation.
+
+    Sources: cloud.google.com/tpu/docs pages v4, v5e, v5p, v6e, tpu7x, "peak compute per chip
+    (BF16)" (275, 197, 459, 918, 2307 TFLOP/s; a TPU7x chip appears as two devices, each with half
+    of it, while v4 and v5p chips appear as one). NVIDIA data sheets "BFLOAT16 Tensor Core", of
+    which the figures with sparsity are halved: A100 312, H100 SXM 989 (1,979 sparse), H200 SXM 989
+    (1,979 sparse), B200 in HGX 2250 (4,500 sparse). PCIe and NVL models of Hopper are slower and
+    have names of their own, which are not in the table.
+
+    Args:
+        device_kind: `jax.devices()[0].device_kind`.
+
+    Returns:
+        FLOP/s, or None for a device that the table does not have, such as "cpu".
+    """
+    return _PEAK_FLOPS.get(device_kind)
 
 
 def active_parameters(config: LMConfig | ViTConfig, params: Tree) -> int:

@@ -17,8 +17,8 @@ from emoe_jax.basis import drift
 from emoe_jax.metrics import dead_experts, max_violation
 from train.config import AlarmConfig
 from train.evaluate import routing_rows
-from train.flops import flops_per_unit
-from train.logs import RunLog, peak_flops
+from train.flops import flops_per_unit, peak_flops
+from train.logs import RunLog
 from train.run import Run
 
 Tree = Any

@@ -7,7 +7,7 @@ import pytest
 
 from emoe_jax import pure
 from emoe_jax.config import BasisConfig, LMConfig, MoEConfig, ViTConfig
-from train.flops import active_parameters, flops_per_token, flops_per_unit
+from train.flops import active_parameters, flops_per_token, flops_per_unit, peak_flops
 from train.run import model_maker
 
 D, F, E, K = 8, 4, 6, 2
@@ -89,3 +89,23 @@ def test_more_experts_cost_only_their_router():
     few, many = lm(experts=4), lm(experts=64)
     gap = active_parameters(many, params_of(many)) - active_parameters(few, params_of(few))
     assert gap == pytest.approx(2 * D * 60)
+
+
+@pytest.mark.parametrize(
+    ("kind", "flops"),
+    [
+        ("TPU v4", 275e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5p", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("TPU7x", 1153.5e12),  # half a chip of 2307
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA H100 PCIe", None),
+        ("cpu", None),
+    ],
+)
+def test_peaks(kind: str, flops: float | None) -> None:
+    assert peak_flops(kind) == flops

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from train.logs import RunLog, discard_after, peak_flops, read_metrics, read_routing
+from train.logs import RunLog, discard_after, read_metrics, read_routing
 
 
 def run_log(workdir: Path, **kwargs: object) -> RunLog:
@@ -321,23 +321,3 @@ def test_bad_arguments_are_refused(tmp_path: Path, wrong: dict, words: str) -> N
     with pytest.raises(ValueError, match=words):
         run_log(tmp_path / "run", **wrong)
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("kind", "flops"),
-    [
-        ("TPU v4", 275e12),
-        ("TPU v5 lite", 197e12),
-        ("TPU v5p", 459e12),
-        ("TPU v6 lite", 918e12),
-        ("TPU7x", 1153.5e12),  # half a chip of 2307
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H200", 989e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA B200", 2250e12),
-        ("NVIDIA H100 PCIe", None),
-        ("cpu", None),
-    ],
-)
-def test_peaks(kind: str, flops: float | None) -> None:
-    assert peak_flops(kind) == flops
