@@ -64,18 +64,19 @@ def energy_captured(stats: dict[str, Array]) -> Array:
     return variance(stats["z_sum"], stats["z_square"]) / jnp.maximum(whole, 1e-12)
 
 
-def drop_at_capacity(load: Array, factor: float) -> Array:
-    """The fraction of assignments beyond C = ceil(c·A/E) slots of their expert, were slots limited.
+def beyond_capacity(load: Array, factor: float) -> Array:
+    """How many assignments find no slot where every expert has C = ceil(c·A/E) of them.
+
+    What dispatch "capacity" drops of this batch, or would drop.
 
     Args:
-        load: [...,E] assignments of one batch, A = T·K in all.
+        load: [...,E] assignments of real tokens in one batch, A in all.
         factor: c.
     """
     total = jnp.sum(load, axis=-1, keepdims=True)
     # Rounded first, as in `dispatch.capacity.slots`.
     room = jnp.ceil(jnp.round(factor * total / load.shape[-1], 3))
-    excess = jnp.sum(jnp.maximum(load - room, 0.0), axis=-1)
-    return excess / jnp.maximum(total[..., 0], 1.0)
+    return jnp.sum(jnp.maximum(load - room, 0.0), axis=-1)
 
 
 def routing_metrics(stats: dict[str, Array]) -> dict[str, Array]:
@@ -86,6 +87,7 @@ def routing_metrics(stats: dict[str, Array]) -> dict[str, Array]:
 
     Returns:
         Values [...]: `max_vio`, `cv`, `entropy`, `dead`, `drop_fraction` (of the assignments),
+        `drop_at_capacity` (of the assignments, what `capacity_factor` leaves no slot in its batch),
         `overflow_fraction` (of the exchanges between devices; 0 where there is none),
         `gate` (mean of the largest gate of a token), `energy` (eigenbasis routers); and `load`
         [...,E] shares.
@@ -98,6 +100,7 @@ def routing_metrics(stats: dict[str, Array]) -> dict[str, Array]:
         "entropy": normalized_entropy(load),
         "dead": dead_experts(load),
         "drop_fraction": stats["dropped"] / jnp.maximum(jnp.sum(load, axis=-1), 1.0),
+        "drop_at_capacity": stats["beyond_capacity"] / jnp.maximum(jnp.sum(load, axis=-1), 1.0),
         "overflow_fraction": stats["overflows"] / jnp.maximum(stats["exchanges"], 1e-9),
         "gate": stats["gate"] / jnp.maximum(stats["tokens"], 1.0),
     }

@@ -13,6 +13,7 @@ from emoe_jax.config import MoEConfig, require
 from emoe_jax.dispatch import choose, dispatcher, exchange
 from emoe_jax.experts import Experts, apply_experts
 from emoe_jax.layers import MLP
+from emoe_jax.metrics import beyond_capacity
 from emoe_jax.routers import Context, ExpertChoice, Routing, make_router
 from emoe_jax.sharding import ambient_mesh
 
@@ -25,9 +26,10 @@ class Aux(NamedTuple):
     Attributes:
         loss: scalar float32, the router's auxiliary loss, weights applied.
         metrics: scalars that do not add up over microbatches.
-        stats: sums over real tokens (see `routers.base.Routing`), `dropped` [], and of exchanges
-            over a mesh `overflows` and `exchanges` [] (see `dispatch.exchange`), from which
-            `metrics.routing_metrics` computes loads, violations and fractions.
+        stats: sums over real tokens (see `routers.base.Routing`), `dropped` [], `beyond_capacity`
+            [] (see `metrics`), and of exchanges over a mesh `overflows` and `exchanges` [] (see
+            `dispatch.exchange`), from which `metrics.routing_metrics` computes loads, violations
+            and fractions.
         captured: where asked for, what went into the router (`input` [B,S,D]) and what came out:
             `probs` [B,S,E], `weights` and `indices` [B,S,K].
     """
@@ -131,6 +133,8 @@ class MoE(nnx.Module):
         out = combined.reshape(B, S, D).astype(tokens.dtype)
         if self.config.shared_hidden:
             out = out + self.shared(tokens)
+        load, factor = routing.stats["load"], self.config.capacity_factor
+        counts = counts | {"beyond_capacity": beyond_capacity(load, factor)}
         stats = jax.lax.stop_gradient(routing.stats | counts)
         captured = _captured(tokens, routing) if capture else None
         return out, Aux(routing.aux_loss, routing.metrics, stats, captured)

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emoe_jax.metrics import (
+    beyond_capacity,
     coefficient_of_variation,
     dead_experts,
-    drop_at_capacity,
     energy_captured,
     load_shares,
     max_violation,
@@ -97,15 +97,18 @@ def test_routing_metrics_of_stacked_layers():
         "dropped": jnp.array([0.0, 2.0]),
         "overflows": jnp.array([0.0, 3.0]),
         "exchanges": jnp.array([0.0, 4.0]),
+        "beyond_capacity": jnp.array([1.0, 0.0]),
     }
     metrics = routing_metrics(stats)
     assert set(metrics) == {
-        "load", "max_vio", "cv", "entropy", "dead", "drop_fraction", "overflow_fraction", "gate"
+        "load", "max_vio", "cv", "entropy", "dead", "drop_fraction", "overflow_fraction", "gate",
+        "drop_at_capacity"
     }  # fmt: skip
     chex.assert_trees_all_close(metrics["max_vio"], jnp.array([1.0, 0.0]), atol=1e-6)
     chex.assert_trees_all_close(metrics["entropy"], jnp.array([0.75, 1.0]), atol=1e-6)
     # Two of the eight assignments.
     chex.assert_trees_all_close(metrics["drop_fraction"], jnp.array([0.0, 0.25]))
+    chex.assert_trees_all_close(metrics["drop_at_capacity"], jnp.array([0.125, 0.0]))
     chex.assert_trees_all_close(metrics["overflow_fraction"], jnp.array([0.0, 0.75]))
     chex.assert_trees_all_close(metrics["gate"], jnp.array([0.5, 0.75]))
     chex.assert_shape(metrics["load"], (2, 4))
@@ -118,8 +121,8 @@ def test_routing_metrics_of_stacked_layers():
 def test_drops_of_a_batch_by_hand():
     # Twelve assignments to four experts, room for ceil(1.25 * 3) = 4 each: 2 of 6 and 1 of 5 drop.
     load = jnp.array([[6.0, 5.0, 1.0, 0.0], [3.0, 3.0, 3.0, 3.0]])
-    chex.assert_trees_all_close(drop_at_capacity(load, 1.25), jnp.array([3 / 12, 0.0]))
-    assert float(drop_at_capacity(jnp.zeros((4,)), 1.25)) == 0.0
+    chex.assert_trees_all_close(beyond_capacity(load, 1.25), jnp.array([3.0, 0.0]))
+    assert float(beyond_capacity(jnp.zeros((4,)), 1.25)) == 0.0
 
 
 def test_energy_appears_where_the_router_measures_it():
@@ -130,6 +133,7 @@ def test_energy_appears_where_the_router_measures_it():
         "dropped": jnp.float32(0),
         "overflows": jnp.float32(0),
         "exchanges": jnp.float32(0),
+        "beyond_capacity": jnp.float32(0),
         "token_sum": jnp.zeros((3,)),
         "token_square": jnp.float32(4),
         "z_sum": jnp.zeros((2,)),

@@ -86,8 +86,8 @@ class ExperimentConfig:
         seed: of initial weights, data order and routers' random choices.
         batch: sequences or images in the global batch of one optimizer step.
         accumulate: microbatches into which a batch is split.
-        calibrate: batches that pass forward before the first step, so that routers with running
-            statistics begin with some; they are trained on as well.
+        calibrate: batches, drawn for this alone, that pass forward before the first step, so that
+            routers with running statistics begin with some.
         log_every: steps between lines of metrics.
         eval_every: steps between evaluations on held-out data; the last step always has one.
         profile: steps of which an xprof trace is written, 0 for none.
@@ -209,14 +209,14 @@ def filled(tree: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: an unknown task.
     """
-    return _merged(experiment(tree.get("task", "")).to_dict(), tree)
+    return merged(experiment(tree.get("task", "")).to_dict(), tree)
 
 
-def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of one tree over another."""
     tree = dict(below) | dict(above)
     both = [k for k in below.keys() & above.keys() if isinstance(below[k], dict)]
-    return tree | {name: _merged(below[name], above[name]) for name in both}
+    return tree | {name: merged(below[name], above[name]) for name in both}
 
 
 def flat_keys(config: config_dict.ConfigDict) -> list[str]:
@@ -275,15 +275,9 @@ def digest(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(to_json(config).encode()).hexdigest()[:16]
 
 
-def changed_keys(
-    before: Mapping[str, Any], after: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
-) -> list[str]:
-    """Lines "key: old -> new" for the values in which two trees differ.
-
-    `defaults` hold for keys that `before` lacks, which are younger than it.
-    """
-    least, old, new = (_flatten(json.loads(to_json(t or {}))) for t in (defaults, before, after))
-    old = least | old
+def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Lines "key: old -> new" for the values in which two trees differ."""
+    old, new = _flatten(json.loads(to_json(before))), _flatten(json.loads(to_json(after)))
     names = sorted(old.keys() | new.keys())
     return [f"{n}: {old.get(n)!r} -> {new.get(n)!r}" for n in names if old.get(n) != new.get(n)]
 

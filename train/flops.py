@@ -52,6 +52,12 @@ def peak_flops(device_kind: str) -> float | None:
     return _PEAK_FLOPS.get(device_kind)
 
 
+def image_tokens(config: ViTConfig) -> int:
+    """Tokens of one image that are routed: all, or all but those that pass the experts by."""
+    passed_by = config.moe_form == "adapter" and config.has_class_token and not config.route_class
+    return (config.image_size // config.patch) ** 2 + config.prefix - passed_by
+
+
 def active_parameters(config: LMConfig | ViTConfig, params: Tree) -> int:
     """Parameters of matrix products that one token passes.
 

@@ -21,6 +21,7 @@ from emoe_jax.basis import map_bases, orthonormalize
 from emoe_jax.config import ViTConfig, require
 from emoe_jax.interop.vit import fit_positions
 from emoe_jax.optim import partition
+from emoe_jax.routers import router_class
 from train.run import Run, is_saved_model, load_model
 
 Tree = Any
@@ -105,7 +106,12 @@ def _from_folder(folder: pathlib.Path, run: Run) -> tuple[Tree, list[str]]:
     assert isinstance(run.config.model, ViTConfig)
     _, params, _ = pure.split(model)
     source, resized = with_positions(jax.device_get(params), model.config, run.config.model)
-    taken, notes = matching(source, run.abstract["params"])
+    target = run.abstract["params"]
+    if router_class(run.config.model.moe.router).CALIBRATES:
+        # Their weights mean something in the coordinates of running statistics, drawn anew here.
+        source, target = without_routers(source), without_routers(target)
+        resized = [*resized, "routers start anew: their running statistics are those of a run"]
+    taken, notes = matching(source, target)
     notes = resized + notes
     require(bool(taken), f"init_from={folder} holds no parameter that fits: {'; '.join(notes)}")
     return taken, [f"the newest checkpoint in {folder}", *notes]
@@ -131,6 +137,12 @@ def with_positions(source: Tree, there: ViTConfig, here: ViTConfig) -> tuple[Tre
         ]
     position, notes = fit_positions(source["position"], here)
     return {**source, "position": position}, notes
+
+
+def without_routers(params: Tree) -> Tree:
+    """A tree without the parameters of routers."""
+    leaves = traverse_util.flatten_dict(params).items()
+    return traverse_util.unflatten_dict({p: leaf for p, leaf in leaves if "router" not in p})
 
 
 def matching(source: Tree, target: Tree) -> tuple[Tree, list[str]]:

@@ -14,7 +14,15 @@ from jax.sharding import Mesh
 from ml_collections import config_dict
 
 from emoe_jax.checkpoint import Checkpoints
-from emoe_jax.config import LMConfig, MoEConfig, ViTConfig, moe_layers, require
+from emoe_jax.config import (
+    BASIS_ROUTERS,
+    BasisConfig,
+    LMConfig,
+    MoEConfig,
+    ViTConfig,
+    moe_layers,
+    require,
+)
 from emoe_jax.dispatch.exchange import choose_exchange
 from emoe_jax.dispatch.selfcheck import check_exchange
 from emoe_jax.grouped import resolve_backend
@@ -22,7 +30,8 @@ from emoe_jax.optim import partition
 from emoe_jax.routers import router_class
 from emoe_jax.sharding import replicated
 from train import cluster, sample
-from train.config import ExperimentConfig, changed_keys, digest, freeze, to_json
+from train.config import ExperimentConfig, changed_keys, digest, freeze, merged, to_json
+from train.data.shards import derive_seed
 from train.data.text import TextData
 from train.evaluate import (
     Evaluator,
@@ -44,6 +53,9 @@ LOGGER = logging.getLogger(__name__)
 
 PROFILE = "profile"
 """Folder of the trace in the run's folder."""
+
+CALIBRATION = 0xCA11
+"""What tells the seed of calibration's batches from that of training's."""
 
 PROFILE_AFTER = 10
 """Steps before the profile begins, so that it shows the steady state."""
@@ -82,7 +94,7 @@ def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[Scalars,
         )
         resumed = checkpoints.latest_step()
         if resumed is None:
-            state = _calibrate(run, _start(run), batches)
+            state = _calibrate(run, _start(run))
         else:
             state = _resume(run, checkpoints, resumed, batches)
         _write_config(tree, workdir)
@@ -203,21 +215,25 @@ def _start(run: Run) -> Tree:
     return state | {"params": place_params(state["params"], taken)}
 
 
-def _calibrate(run: Run, state: Tree, batches: Any) -> Tree:
-    """The state whose routers have seen the first batches, where that is of use to them."""
+def _calibrate(run: Run, state: Tree) -> Tree:
+    """The state whose routers have seen a few batches, where that is of use to them.
+
+    The batches are drawn with a seed of their own: no step routes by statistics of its own batch.
+    """
     config = run.config
     if not (state["router"] and router_class(config.model.moe.router).CALIBRATES):
         return state
-    position, key = batches.get_state(), run.key()
+    seed = derive_seed(config.seed, CALIBRATION)
+    batches = run.data.train_iterator(config.batch, seed=seed, rows=run.rows(config.batch))
     places = jax.tree.map(lambda leaf: leaf.sharding, run.abstract["router"])
     step = jax.jit(run.steps.calibrate, out_shardings=places, donate_argnums=1)
-    compiled = None
+    compiled, key = None, run.key()
     for number in range(config.calibrate):
         batch = run.to_devices(next(batches), config.batch)
         given = state["params"], state["router"], batch, jax.random.fold_in(key, number)
         compiled = compiled or cluster.compile_together(step.lower(*given))
         state = state | {"router": compiled(*given)}
-    batches.set_state(position)
+    batches.close()
     return state
 
 
@@ -234,7 +250,8 @@ def _resume(run: Run, checkpoints: Checkpoints, step: int, batches: Any) -> Tree
     plain = dataclasses.replace(
         run.config, model=type(run.config.model)(), data=type(run.config.data)()
     )
-    changed = changed_keys(restored.meta, identity(run.config), identity(plain))
+    before = _settled(merged(_whole_identity(plain), restored.meta))
+    changed = changed_keys(before, identity(run.config))
     require(
         not changed,
         f"{workdir} holds a run of another model or of other data, in which its weights and its"
@@ -257,16 +274,28 @@ stays the same, though dispatch, its room and precision may change numbers."""
 
 def identity(config: ExperimentConfig) -> Tree:
     """What the weights and the position in the data depend on, as a JSON object."""
-    model = json.loads(json.dumps(dataclasses.asdict(config.model)))
-    for tree in (model, model["moe"]):
-        for name in FREE_OF_MODEL:
-            tree.pop(name, None)
+    return _settled(_whole_identity(config))
+
+
+def _whole_identity(config: ExperimentConfig) -> Tree:
+    """All keys that `identity` chooses from."""
+    tree = json.loads(json.dumps(dataclasses.asdict(config)))
+    return {name: tree[name] for name in ("seed", "batch", "data", "model")}
+
+
+def _settled(tree: Tree) -> Tree:
+    """The part of such a tree that counts, with numbers in place of "whatever fits"."""
     data = {
         name: value
-        for name, value in json.loads(json.dumps(dataclasses.asdict(config.data))).items()
+        for name, value in tree["data"].items()
         if not name.endswith("_dir")  # where the data lie may differ between machines
     }
-    return {"seed": config.seed, "batch": config.batch, "data": data, "model": model}
+    model = {k: v for k, v in tree["model"].items() if k not in FREE_OF_MODEL}
+    moe = {k: v for k, v in model["moe"].items() if k not in FREE_OF_MODEL}
+    basis = moe.pop("basis")
+    if moe["router"] in BASIS_ROUTERS:
+        moe["basis"] = basis | {"rank": BasisConfig(**basis).rank_of(model["width"])}
+    return tree | {"data": data, "model": model | {"moe": moe}}
 
 
 class _Compilations:

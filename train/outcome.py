@@ -28,6 +28,7 @@ from train.config import changed_keys, digest
 from train.data.text import TextData
 from train.diversity import compile_similarity, expert_similarity, mean_similarity, swap_cost
 from train.evaluate import Rows, Scalars, compile_evaluate
+from train.flops import image_tokens
 from train.initial import initial_params, place_params
 from train.logs import read_metrics
 from train.run import CONFIG_FILE, Run, load_trained, read_config
@@ -139,19 +140,13 @@ def floors(run: Run) -> dict[str, float]:
     if isinstance(data, TextData):
         heldout, batch = data.heldout_targets, run.units_per_step
     else:
-        length = _tokens_of_image(model)
+        assert isinstance(model, ViTConfig)
+        length = image_tokens(model)
         heldout, batch = data.heldout_images * length, run.config.batch * length
     return {
         "max_vio_floor": noise_floor(E, K, heldout),
         "batch_max_vio_floor": noise_floor(E, K, batch),
     }
-
-
-def _tokens_of_image(model: Any) -> int:
-    """Tokens of an image that are routed."""
-    assert isinstance(model, ViTConfig)
-    passed_by = model.moe_form == "adapter" and model.has_class_token and not model.route_class
-    return (model.image_size // model.patch) ** 2 + model.prefix - passed_by
 
 
 def from_scalars(scalars: Scalars) -> dict[str, float | None]:

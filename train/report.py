@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import flags
 
-from emoe_jax.config import LMConfig, moe_layers, require
+from emoe_jax.config import LMConfig, ViTConfig, moe_layers, require
 from emoe_jax.models.stack import layer_names
 from train import cli, cluster, diversity, logs, report_experts, report_training, routes, tables
 from train import report_page as page
@@ -23,6 +23,7 @@ from train.config import digest
 from train.data.config import TextConfig
 from train.data.text import TextData
 from train.evaluate import compile_evaluate, evaluate
+from train.flops import image_tokens
 from train.report_page import Section
 from train.report_training import Album, Layers, Log
 from train.routes import Routes
@@ -338,11 +339,11 @@ def _task(run: Run) -> str:
 
 
 def _tokens(run: Run) -> int:
-    """Tokens of a training batch, class tokens and padding left aside."""
+    """Routed tokens of a training batch."""
     config = run.config.model
-    if isinstance(config, LMConfig):
-        return run.units_per_step
-    return run.config.batch * (config.image_size // config.patch) ** 2
+    if isinstance(config, ViTConfig):
+        return run.config.batch * image_tokens(config)
+    return run.units_per_step
 
 
 def _config_digest(workdir: pathlib.Path) -> str:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from emoe_jax.basis import prepare_bases
 from emoe_jax.losses import cross_entropy
-from emoe_jax.metrics import drop_at_capacity, routing_metrics
+from emoe_jax.metrics import routing_metrics
 from emoe_jax.models.stack import update_router_state
 from emoe_jax.moe import Aux, auxiliary_loss
 from emoe_jax.optim import global_norm, merge, partition, schedule
@@ -106,7 +106,7 @@ def make_steps(
         metrics = _task_metrics(sums, total) | {
             "grad_norm": global_norm(grads),
             "learning_rate": learning_rate(state["step"]),
-            "router": _batch_metrics(aux, config),
+            "router": layer_metrics(aux, config.accumulate),
         }
         return new, metrics
 
@@ -197,14 +197,4 @@ def layer_metrics(aux: dict[str, Aux], parts: int | Array) -> dict[str, dict[str
     return {
         place: routing_metrics(layer.stats) | jax.tree.map(lambda leaf: leaf / parts, layer.metrics)
         for place, layer in aux.items()
-    }
-
-
-def _batch_metrics(aux: dict[str, Aux], config: ExperimentConfig) -> dict[str, dict[str, Array]]:
-    """`layer_metrics` of an optimizer step, with what has a meaning for one batch alone."""
-    factor = config.model.moe.capacity_factor
-    whole = layer_metrics(aux, config.accumulate)
-    return {
-        place: metrics | {"drop_at_capacity": drop_at_capacity(aux[place].stats["load"], factor)}
-        for place, metrics in whole.items()
     }

@@ -15,6 +15,8 @@ import numpy as np
 
 from emoe_jax.basis import drift
 from emoe_jax.metrics import dead_experts, max_violation
+from emoe_jax.sharding import replicated
+from train import cluster
 from train.config import AlarmConfig
 from train.evaluate import routing_rows
 from train.flops import flops_per_unit, peak_flops
@@ -52,7 +54,9 @@ class Meter:
         self.alarms = Alarms(run.config.alarm)
         self.reference = _copy(_bases(state))
         self.drift = {
-            place: jax.jit(drift).lower(basis, basis).compile()
+            place: cluster.compile_together(
+                jax.jit(drift, out_shardings=replicated(run.mesh)).lower(basis, basis)
+            )
             for place, basis in self.reference.items()
         }
 
@@ -92,7 +96,7 @@ class Meter:
             scalars["train/mfu"] = mfu
         for row in rows:
             scalars |= {f"router/{row['layer']}/{k}": v for k, v in row.items() if _is_scalar(v)}
-        scalars |= self.alarms.check(step, rows)
+        scalars |= self.alarms.check(step, rows, settled=len(self.window) == WINDOW)
         log.write(step, {name: float(value) for name, value in scalars.items()})
         log.histograms(step, {f"router/{r['layer']}/load": np.asarray(r["load"]) for r in rows})
         arrays = {f"{r['layer']}/{k}": v for r in rows for k, v in r.items() if isinstance(v, list)}
@@ -102,8 +106,11 @@ class Meter:
 
     def _rows(self, metrics: Tree, state: Tree) -> list[Row]:
         """The rows of `evaluate.routing_rows`, with what is known beyond the step."""
-        loads = jax.device_get(list(self.window))
-        mean = jax.tree.map(lambda *each: np.mean(each, axis=0), *loads)
+        fresh = jax.device_get([loads for loads in self.window if not _on_host(loads)])
+        old = [loads for loads in self.window if _on_host(loads)]
+        self.window.clear()
+        self.window.extend(old + fresh)
+        mean = jax.tree.map(lambda *each: np.mean(each, axis=0), *self.window)
         more: Tree = {
             place: {
                 "max_vio_window": max_violation(load),
@@ -133,11 +140,18 @@ class Alarms:
         }
         self.on: set[tuple[str, str]] = set()
 
-    def check(self, step: int, rows: list[Row]) -> dict[str, float]:
-        """How many layers are above each threshold, as scalars; logs each crossing once."""
+    def check(self, step: int, rows: list[Row], *, settled: bool = True) -> dict[str, float]:
+        """How many layers are above each threshold, as scalars; logs each crossing once.
+
+        Args:
+            step: steps done.
+            rows: a row for each layer.
+            settled: whether the window is full; what is taken over it is left alone before.
+        """
+        limits = {k: v for k, v in self.limits.items() if settled or not k.endswith("_window")}
         above = {
             (name, row["layer"]): row[name]
-            for name, limit in self.limits.items()
+            for name, limit in limits.items()
             for row in rows
             if name in row and not row[name] <= limit  # NaN is above too
         }
@@ -153,7 +167,11 @@ class Alarms:
             )
         self.on = set(above)
         counts = collections.Counter(name for name, _ in above)
-        return {f"alarm/{name}": float(counts[name]) for name in self.limits if rows}
+        return {f"alarm/{name}": float(counts[name]) for name in limits if rows}
+
+
+def _on_host(loads: dict[str, Any]) -> bool:
+    return all(isinstance(load, np.ndarray) for load in loads.values())
 
 
 def _is_scalar(value: Any) -> bool:
@@ -161,7 +179,7 @@ def _is_scalar(value: Any) -> bool:
 
 
 def _tokens(run: Run) -> int:
-    """Tokens of one image."""
+    """Tokens of one image, routed or not."""
     return int(run.abstract["params"]["position"].shape[0])
 
 

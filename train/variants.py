@@ -58,13 +58,11 @@ class Variant:
         name: of its folder and in tables.
         router: the router.
         options: dotted keys of the configuration to values.
-        chosen: whether the options come from a file.
     """
 
     name: str
     router: str
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    chosen: bool = False
 
     @property
     def causal(self) -> bool:
@@ -133,7 +131,7 @@ def _variant(name: str, options: Mapping[str, Mapping[str, Any]]) -> Variant:
         )
         for key in given:
             require(key != "seed", f"variant {name!r} sets 'seed', which the study decides")
-        return Variant(name, str(router), given, chosen=True)
+        return Variant(name, str(router), given)
     known = [*options, *ROUTERS]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"

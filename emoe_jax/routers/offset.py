@@ -29,6 +29,7 @@ from emoe_jax.routers.base import (
     RouterState,
     Routing,
     State,
+    count,
     gather_gates,
     linear,
     make_routing,
@@ -59,7 +60,7 @@ class Rates(NamedTuple):
 def rates(updates: Array, progress: Array) -> Rates:
     """ρ = max(ρ₀ + c/4, 1/(n+1)) and η = max(η₀ + c/5, 0.5/(1 + n/10)), c = (1 + cos π·progress)/2.
 
-    At first ρ averages over all updates so far; later both follow a cosine, as learning rates do.
+    The first updates average over all so far; then both follow a cosine, as learning rates do.
 
     Args:
         updates: n [...] float32, updates so far.
@@ -145,6 +146,7 @@ def choose_by_offset(
     *,
     k: int,
     renormalize: bool,
+    good: Array,
     metrics: dict[str, Array],
     stats: dict[str, Array],
 ) -> Routing:
@@ -157,6 +159,7 @@ def choose_by_offset(
         context: of the tokens.
         k: K.
         renormalize: whether gates are divided by their sum over K.
+        good: [T] bool, the tokens whose loads and moments move the state.
         metrics: the router's own.
         stats: the router's own.
     """
@@ -173,7 +176,11 @@ def choose_by_offset(
         probs,
         context.mask,
         metrics=common | metrics,
-        stats=stats,
+        stats=stats
+        | {
+            "counted": jnp.sum(good, dtype=jnp.float32),
+            "counted_load": count(indices, good, scores.shape[-1]),
+        },
     )
 
 
@@ -223,9 +230,9 @@ class SoftmaxOffsetRouter(Router):
             context,
             k=self.top_k,
             renormalize=self.renormalize,
+            good=good,
             metrics={},
             stats={
-                "counted": jnp.sum(good, dtype=jnp.float32),
                 "score_sum": jnp.sum(seen, axis=0),
                 "score_square": jnp.sum(jnp.square(seen), axis=0),
             },
@@ -235,15 +242,17 @@ class SoftmaxOffsetRouter(Router):
     def update(config: MoEConfig, state: State, stats: dict[str, Array], progress: Array) -> State:
         """Moves mean, variance and offset; see `rates`."""
         rate = rates(state["updates"], progress)
-        count = jnp.maximum(stats["counted"], 1.0)[..., None]
+        counted = jnp.maximum(stats["counted"], 1.0)[..., None]
         rho = rate.statistics[..., None]
-        # Sums are of scores less the running mean, which moves by ρ times the first.
-        gap, square = stats["score_sum"] / count, stats["score_square"] / count
-        square = square - (2.0 * rho - jnp.square(rho)) * jnp.square(gap)
+        # Sums are of scores less the running mean, which moves: see `whitened.about_moved_mean`.
+        gap, square = stats["score_sum"] / counted, stats["score_square"] / counted
+        square = square - rho * jnp.square(gap)
         new: dict[str, Any] = {
             "mean": state["mean"] + rho * gap,
             "variance": state["variance"] + rho * (square - state["variance"]),
-            "offset": move_offset(state["offset"], stats["load"], rate.offset, config.top_k),
+            "offset": move_offset(
+                state["offset"], stats["counted_load"], rate.offset, config.top_k
+            ),
             "updates": state["updates"] + 1.0,
         }
         return accept(new, state, stats["counted"])

@@ -121,7 +121,8 @@ class WhitenedRouter(Router):
             k=self.top_k,
             renormalize=self.renormalize,
             metrics=self._metrics(basis),
-            stats=_moments(centred, z, good, self.subspace == "tracked"),
+            good=good,
+            stats=_moments(centred, z, self.subspace == "tracked"),
         )
 
     def _frame(self, directions: Array) -> Array:
@@ -164,7 +165,9 @@ class WhitenedRouter(Router):
         elif "basis" in state:
             new["basis"] = state["basis"]
         if "offset" in state:
-            new["offset"] = move_offset(state["offset"], stats["load"], rate.offset, config.top_k)
+            new["offset"] = move_offset(
+                state["offset"], stats["counted_load"], rate.offset, config.top_k
+            )
         return accept(new, state, stats["counted"])
 
 
@@ -191,10 +194,11 @@ def _means(stats: dict[str, Array], names: tuple[str, ...]) -> dict[str, Array]:
 
 
 def about_moved_mean(moment: Array, left: Array, right: Array, rate: Array) -> Array:
-    """E[(x - ρE[x])(y - ρE[y])ᵀ] = E[xyᵀ] - (2ρ - ρ²) E[x]E[y]ᵀ.
+    """E[xyᵀ] - ρ E[x]E[y]ᵀ: what a running covariance moves to while its mean moves by ρE[x].
 
-    A second moment about the running mean, after that has moved by ρ towards the batch's: so the
-    first update, with ρ = 1, takes the covariance of the batch, wherever the tokens lie.
+    x and y are tokens less the running mean, and a covariance that is (1 - ρ) of what it was and ρ
+    of this is exactly that of the law which is (1 - ρ) the running one and ρ the batch's (West
+    1979). The first update, ρ = 1, takes the covariance of the batch, wherever its tokens lie.
 
     Args:
         moment: E[xyᵀ] [...,M,N].
@@ -202,8 +206,7 @@ def about_moved_mean(moment: Array, left: Array, right: Array, rate: Array) -> A
         right: E[y] [...,N].
         rate: ρ [...].
     """
-    part = (2.0 * rate - jnp.square(rate))[..., None, None]
-    return moment - part * left[..., :, None] * right[..., None, :]
+    return moment - rate[..., None, None] * left[..., :, None] * right[..., None, :]
 
 
 def _towards(running: Array, value: Array, rate: Array) -> Array:
@@ -211,13 +214,12 @@ def _towards(running: Array, value: Array, rate: Array) -> Array:
     return running + rate[..., None, None] * (value - running)
 
 
-def _moments(centred: Array, z: Array, good: Array, tracked: bool) -> dict[str, Array]:
-    """Sums over counted tokens: D + 1 + R + 1 + R² numbers, and D·R for a tracked basis.
+def _moments(centred: Array, z: Array, tracked: bool) -> dict[str, Array]:
+    """Sums over counted tokens: D + R + R² + 2 numbers, and D·R for a tracked basis.
 
     Args:
         centred: h - μ [T,D], zero for tokens that do not count.
         z: Qᵀ(h - μ) [T,R].
-        good: [T] bool, tokens that count.
         tracked: whether the basis is.
     """
     h, z = lax.stop_gradient((centred, z))
@@ -227,7 +229,6 @@ def _moments(centred: Array, z: Array, good: Array, tracked: bool) -> dict[str, 
     if tracked:
         products["image_sum"] = jnp.einsum("td,tr->dr", h, z, precision=lax.Precision.HIGHEST)
     return products | {
-        "counted": jnp.sum(good, dtype=jnp.float32),
         "token_sum": jnp.sum(h, axis=0),
         "token_square": jnp.sum(jnp.square(h)),
         "z_sum": jnp.sum(z, axis=0),

@@ -25,6 +25,7 @@ from emoe_jax.routers.offset import (
 pytestmark = pytest.mark.usefixtures("strict")
 
 D, E = 6, 4
+PLAIN = {"renormalize": False, "metrics": {}, "stats": {}}
 START, END = jnp.zeros(()), jnp.ones(())
 
 
@@ -96,7 +97,7 @@ def test_an_offset_balances_scores_of_any_law():
     @jax.jit
     def load(offset):
         return choose_by_offset(
-            scores, offset, START, context, k=2, renormalize=False, metrics={}, stats={}
+            scores, offset, START, context, k=2, **PLAIN, good=context.mask[0]
         ).stats["load"]
 
     offset = jnp.zeros((E,))
@@ -110,7 +111,7 @@ def test_gates_are_the_softmax_of_what_was_chosen():
     scores, offset = jnp.array([[1.0, 0.0, 0.5]]), jnp.array([0.0, 2.0, 0.0])
     context = Context(jnp.ones((1, 1), bool))
     routing = choose_by_offset(
-        scores, offset, jnp.log(2.0), context, k=2, renormalize=False, metrics={}, stats={}
+        scores, offset, jnp.log(2.0), context, k=2, **PLAIN, good=context.mask[0]
     )
     probs = np.exp([0.5, 1.0, 0.25]) / np.sum(np.exp([0.5, 1.0, 0.25]))
     chex.assert_trees_all_close(routing.probs[0], probs, rtol=1e-6)
@@ -155,7 +156,8 @@ def route_after_updates(tokens):
     context = Context(jnp.ones((1, tokens.shape[0]), bool))
     for _ in range(3):
         stats = graph.bind(params, state)(tokens, context).stats
-        state = SoftmaxOffsetRouter.update(config(), state, stats | {"load": jnp.ones((E,))}, END)
+        stats = stats | {"counted_load": jnp.ones((E,))}
+        state = SoftmaxOffsetRouter.update(config(), state, stats, END)
     return graph.bind(params, state)(tokens, context).indices
 
 

@@ -16,6 +16,7 @@ from emoe_jax import pure
 from emoe_jax.config import BasisConfig, MoEConfig, RouterConfig
 from emoe_jax.metrics import energy_captured, max_violation
 from emoe_jax.routers import Context, RouterState, WhitenedRouter, make_router
+from emoe_jax.routers.offset import rates
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -180,7 +181,36 @@ def test_the_basis_finds_the_principal_subspace_and_stays_orthonormal():
     )
 
 
-def test_gradients_reach_tokens_directions_and_temperature_and_no_state():
+def test_running_moments_are_those_of_the_weighted_tokens():
+    # The mean moves by one from batch to batch: its drift belongs to the covariance.
+    some = config(subspace="fixed", offset=False)
+    graph, params, state = pure.split(make_router(some, D, rngs=nnx.Rngs(0)))
+    state = state | {"basis": jnp.eye(D)}
+    weights, seen = [], []
+    for number in range(6):
+        tokens = draw((40, D), number) + number
+        stats = graph.bind(params, state)(tokens, Context(jnp.ones((1, 40), bool))).stats
+        rate = float(rates(state["updates"], START).statistics)
+        state = WhitenedRouter.update(some, state, stats, START)
+        weights = [weight * (1 - rate) for weight in weights] + [rate]
+        seen.append(np.asarray(tokens, np.float64))
+    shares = np.repeat(weights, 40) / 40
+    together = np.concatenate(seen)
+    np.testing.assert_allclose(state["mean"], shares @ together, rtol=1e-5)
+    expected = np.cov(together, rowvar=False, aweights=shares, ddof=0)
+    np.testing.assert_allclose(state["covariance"], expected, rtol=1e-4)
+
+
+def test_a_route_depends_on_no_other_token():
+    router = make_router(config(top_k=2), D, rngs=nnx.Rngs(0))
+    tokens = draw((6, D))
+    whole = router(tokens, Context(jnp.ones((1, 6), bool)))
+    first = router(tokens[:3], Context(jnp.ones((1, 3), bool)))
+    chex.assert_trees_all_equal(whole.indices[:3], first.indices)
+    chex.assert_trees_all_close(whole.weights[:3], first.weights, rtol=1e-6)
+
+
+def test_gradients_reach_tokens_directions_and_temperature_and_no_statistics():
     router = make_router(config(top_k=2), D, rngs=nnx.Rngs(0))
     graph, params, state = pure.split(router)
     context = Context(jnp.ones((1, 6), bool))
@@ -189,9 +219,10 @@ def test_gradients_reach_tokens_directions_and_temperature_and_no_state():
         routing = graph.bind(params, state)(tokens, context)
         return jnp.sum(routing.weights[:, 0] * jnp.arange(6.0))
 
-    grads = jax.grad(loss, argnums=(0, 1, 2))(params, state, draw((6, D)))
+    # The state is no parameter: a training step takes no gradient of it.
+    grads = jax.grad(loss, argnums=(0, 2))(params, state, draw((6, D)))
     assert set(grads[0]) == {"directions", "log_temperature"}
-    assert all(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves((grads[0], grads[2])))
+    assert all(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(grads))
 
     # The statistics pass no gradient.
     def counted(tokens):
@@ -262,8 +293,8 @@ def test_degenerate_tokens_leave_everything_finite(tokens, whitening):
 def test_one_bad_token_is_left_out_of_the_statistics(bad):
     tokens = draw((20, D))
     spoilt = jnp.concatenate([tokens, jnp.full((1, D), bad)])
-    clean, _ = after(config(offset=False), tokens)
-    state, routing = after(config(offset=False), spoilt)
+    clean, _ = after(config(), tokens)
+    state, routing = after(config(), spoilt)
     chex.assert_trees_all_close(state, clean, rtol=1e-5, atol=1e-6)
     assert np.all(np.isfinite(routing.weights))
 
@@ -287,9 +318,12 @@ def test_a_batch_of_padding_alone_moves_nothing():
 
 @pytest.mark.parametrize(("experts", "top_k"), [(2, 1), (2, 2), (256, 8), (5, 3)])
 def test_any_number_of_experts(experts, top_k):
-    state, routing = after(config(experts=experts, top_k=top_k), draw((30, D)))
+    some = config(experts=experts, top_k=top_k)
+    state, routing = after(some, draw((30, D)))
     assert routing.indices.shape == (30, top_k)
     chex.assert_tree_all_finite((state, routing.weights))
+    load, _ = settle(some, draw((4000, D)), directions(some), updates=100)
+    assert float(max_violation(load)) < 0.1
 
 
 def test_a_rank_above_the_width_is_refused():

@@ -122,12 +122,24 @@ def age(workdir):
     file = workdir / "checkpoints" / "8" / "run" / "metadata"
     run = json.loads(file.read_text())
     assert run["meta"]["data"].pop("shards") == 1
+    moe = run["meta"]["model"]["moe"]
+    moe["basis"] = {"rank": 128, "method": "qr", "companion": False}
+    for name in ("offset", "subspace", "whitening"):
+        del moe["routing"][name]
     (position,) = run["data_state"].values()
     run["data_state"] = [base64.b64encode(json.dumps(position).encode()).decode()]
     file.write_text(json.dumps(run))
     tree = tree_of(workdir)
     del tree["data"]["shards"], tree["moe"]["exchange"]
     (workdir / "config.json").write_text(json.dumps(tree))
+
+
+def test_a_rank_that_is_whatever_fits_is_the_number_it_comes_to():
+    numbers = {"router": "eigen", "basis": {"rank": 16}}
+    fits = {"router": "eigen", "basis": {"rank": 0}}
+    same = [loop.identity(freeze(lm_tree(moe=moe))) for moe in (numbers, fits)]
+    assert same[0] == same[1]
+    assert same[0]["model"]["moe"]["basis"]["rank"] == 16
 
 
 def fill_disk(patch, at):

@@ -42,8 +42,15 @@ def test_four_microbatches_equal_one_batch(router):
     state, history = trained(router)
     other, others = trained(router, 4)
     chex.assert_trees_all_close(other["params"], state["params"], rtol=1e-5, atol=1e-6)
-    chex.assert_trees_all_close(other["router"], state["router"], rtol=1e-5, atol=1e-5)
-    chex.assert_trees_all_close(others, history, rtol=2e-5, atol=1e-6)
+    # Whitening divides by small eigenvalues, which rounding moves by more of themselves.
+    slack = 1e-5 if router == "whitened" else 0
+    chex.assert_trees_all_close(other["router"], state["router"], rtol=1e-5, atol=slack)
+    # Slots are counted in each microbatch, which has its own load.
+    alike = [jax.tree.map(lambda leaf: leaf, each) for each in (*history, *others)]
+    for metrics in alike:
+        for layer in metrics["router"].values():
+            layer.pop("drop_at_capacity")
+    chex.assert_trees_all_close(alike[3:], alike[:3], rtol=2e-5, atol=1e-6)
     assert int(other["step"]) == 3
 
 

@@ -34,7 +34,9 @@ def test_eight_devices_equal_one(router, mesh, shard):
     state, history = spread.run([text_batch(i) for i in range(3)])
     alone, histories = Trainer(small_tree(moe)).run([text_batch(i) for i in range(3)])
     chex.assert_trees_all_close(state["params"], alone["params"], rtol=1e-4, atol=1e-5)
-    chex.assert_trees_all_close(state["router"], alone["router"], rtol=1e-4, atol=1e-5)
+    # Whitening divides by small eigenvalues, which rounding moves by more of themselves.
+    loose = {"rtol": 1e-4, "atol": 1e-5} if router == "whitened" else {"rtol": 1e-5}
+    chex.assert_trees_all_close(state["router"], alone["router"], **loose)
     for one in (*history, *histories):
         one["router"]["0"].pop("overflow_fraction")  # one device exchanges nothing
     chex.assert_trees_all_close(history, histories, rtol=1e-4, atol=1e-5)

@@ -137,6 +137,12 @@ def test_what_is_not_a_number_is_an_alarm():
     assert Alarms(AlarmConfig()).check(1, []) == {}
 
 
+def test_alarms_over_the_window_wait_until_it_is_full():
+    row = {"layer": "layer_00", "dead_window": 3.0, "drop_fraction": 0.5}
+    early = Alarms(AlarmConfig()).check(1, [row], settled=False)
+    assert early == {"alarm/orthonormality_error": 0.0, "alarm/drop_fraction": 1.0}
+
+
 @pytest.mark.parametrize("name", ["dead", "max_vio", "orthonormality", "drops"])
 def test_thresholds_below_zero_are_refused(name):
     with pytest.raises(ValueError, match=f"alarm.{name}=-1 is below zero"):
