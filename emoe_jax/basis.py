@@ -107,8 +107,9 @@ def orthonormalize(weight: Array, method: str = "qr") -> Array:
 
 
 def is_basis(path: tuple[Any, ...]) -> bool:
-    """Whether a path of `jax.tree_util` ends in a basis weight."""
-    return bool(path) and getattr(path[-1], "key", None) in BASIS_KEYS
+    """Whether a path of `jax.tree_util`, in dicts or an `nnx.State`, leads to a basis weight."""
+    names = [part.key for part in path if hasattr(part, "key")]
+    return bool(names) and names[-1] in BASIS_KEYS
 
 
 def map_bases(function: Callable[[Array], Array], tree: Tree) -> Tree:
@@ -126,7 +127,7 @@ def prepare_bases(params: Tree, method: str = "qr") -> Tree:
     it once. With "retraction" it is the identity: the optimizer keeps the weight orthonormal.
 
     Args:
-        params: nested dict of arrays; leaves named in `BASIS_KEYS` [...,D,R].
+        params: nested dict of arrays or `nnx.State`; leaves named in `BASIS_KEYS` [...,D,R].
         method: see `orthonormalize`.
 
     Returns:

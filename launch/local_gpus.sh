@@ -13,10 +13,15 @@ WORKDIR=${WORKDIR:-runs/$(basename "$CONFIG" .py)}
 PYTHON=${PYTHON:-.venv/bin/python}
 
 dry_run=false
-if [[ ${1:-} == --dry-run ]]; then
-  dry_run=true
-  shift
-fi
+given=()
+for argument in "$@"; do
+  if [[ $argument == --dry-run ]]; then
+    dry_run=true
+  else
+    given+=("$argument")
+  fi
+done
+set -- ${given[@]+"${given[@]}"}
 
 command=("$PYTHON" -m train "--config=$CONFIG" "--workdir=$WORKDIR" "$@")
 if $dry_run; then

@@ -20,10 +20,15 @@ WORKDIR=${WORKDIR:-/mnt/share/runs/$(basename "$CONFIG" .py)}
 : "${TPU:?set TPU to the name of the slice}" "${ZONE:?set ZONE to its zone}"
 
 dry_run=false
-if [[ ${1:-} == --dry-run ]]; then
-  dry_run=true
-  shift
-fi
+given=()
+for argument in "$@"; do
+  if [[ $argument == --dry-run ]]; then
+    dry_run=true
+  else
+    given+=("$argument")
+  fi
+done
+set -- ${given[@]+"${given[@]}"}
 action=${1:-}
 shift || true
 

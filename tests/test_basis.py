@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -162,6 +163,18 @@ def test_prepare_bases_touches_only_bases_and_all_of_them():
         )
     prepared["a"]["router"]["basis"] = weight
     chex.assert_trees_all_equal(prepared, params)
+
+
+def test_prepare_bases_finds_those_of_an_nnx_state():
+    class Holder(nnx.Module):
+        def __init__(self):
+            self.basis = nnx.Param(draw((4, 2)))
+            self.kernel = nnx.Param(draw((4, 2), 1))
+
+    state = nnx.state(Holder())
+    prepared = bases.prepare_bases(state)
+    assert float(ERROR(prepared["basis"][...])) < 1e-5
+    chex.assert_trees_all_equal(prepared["kernel"][...], state["kernel"][...])
 
 
 def test_prepare_bases_pulls_gradients_back_and_retraction_does_not():

@@ -30,6 +30,22 @@ def dry_run(script: str, *arguments: str, **environment: str) -> list[list[str]]
     return [shell_words(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.parametrize("script", ["local_gpus.sh", "slurm.sbatch", "tpu_pod.sh"])
+def test_a_dry_run_may_be_asked_for_anywhere(script):
+    first = ["train"] if script == "tpu_pod.sh" else []
+    names = {"TPU": "slice", "ZONE": "zone"}
+    expected = dry_run(script, *first, SPACED, **names)
+    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    done = subprocess.run(
+        [str(LAUNCH / script), *first, SPACED, "--dry-run"],
+        env=kept | names,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert [shell_words(line) for line in done.stdout.splitlines()] == expected
+
+
 def shell_words(line: str) -> list[str]:
     """A line as bash splits it: it knows a quoting of its own, $'...', that shlex does not."""
     split = subprocess.run(

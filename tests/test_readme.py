@@ -5,7 +5,7 @@ README = pathlib.Path(__file__).parent.parent / "README.md"
 
 
 def test_snippet_runs_and_prints_its_load(capsys):
-    (snippet,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    snippet, own_loop = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     assert len([line for line in snippet.splitlines() if line.strip()]) <= 10
     scope = {}
     exec(compile(snippet, str(README), "exec"), scope)
@@ -13,6 +13,11 @@ def test_snippet_runs_and_prints_its_load(capsys):
     assert load.shape == (8,)
     assert abs(float(load.sum()) - 1) < 1e-6
     assert str(load) in capsys.readouterr().out
+    # What an own training loop needs, with a router that has something to move.
+    config = scope["MoEConfig"](router="loss_free", experts=4)
+    scope |= {"config": config, "layer": scope["MoE"](config, 256, rngs=scope["nnx"].Rngs(0))}
+    exec(compile(own_loop, str(README), "exec"), scope)
+    assert scope["state"]["router"]["bias"].any()
 
 
 def test_names_every_router_and_configuration():

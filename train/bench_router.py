@@ -17,7 +17,7 @@ from flax import nnx
 
 from emoe_jax import pure
 from emoe_jax.basis import map_bases, orthonormalize, prepare_bases
-from emoe_jax.config import BasisConfig, MoEConfig
+from emoe_jax.config import BASIS_ROUTERS, BasisConfig, MoEConfig
 from emoe_jax.moe import MoE
 from emoe_jax.routers import Context, make_router, router_class
 from train.timing import Row, Step, interleave, milliseconds
@@ -58,7 +58,7 @@ def routers(
             for part, program in _programs(config, shape["T"], shape["D"], dtype).items()
         }
         times = interleave(programs, dict.fromkeys(programs, repeats))
-        rows += [_row(name, E, shape["R"], repeats, times) for name in names]
+        rows += [_row(config, shape["D"], repeats, times) for config in configs.values()]
     return rows
 
 
@@ -73,10 +73,12 @@ def _config(name: str, E: int, shape: dict[str, int]) -> MoEConfig:
     )
 
 
-def _row(name: str, E: int, R: int, repeats: int, times: dict[Any, list[float]]) -> Row:
+def _row(config: MoEConfig, D: int, repeats: int, times: dict[Any, list[float]]) -> Row:
+    name = config.router
     layer, router = times[name, "layer"], times[name, "router"]
     shares = sorted(part / whole for part, whole in zip(router, layer, strict=True))
-    row: Row = {"router": name, "E": E, "R": R, "rounds": repeats}
+    R = config.basis.rank_of(D) if name in BASIS_ROUTERS else ""
+    row: Row = {"router": name, "E": config.experts, "R": R, "rounds": repeats}
     row |= milliseconds("layer", layer) | milliseconds("router", router)
     return row | {
         "share": shares[len(shares) // 2],

@@ -83,7 +83,8 @@ def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[Scalars,
     run = cluster.first_then_others(lambda: build(config, workdir))
     config = run.config
     # The prompt is continued at the end; whether it can be is known now.
-    prompt = sample.prompt_ids(run, config.prompt, tokens=1) if config.prompt else []
+    if config.prompt:
+        sample.prompt_ids(run, config.prompt, tokens=1)
     _describe(run)
     _try_exchange(run)
 
@@ -121,8 +122,7 @@ def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[Scalars,
     # ---------------------------------------------------------------- result
     text = ""
     if config.prompt:
-        room = run.units_per_step // config.batch - len(prompt)
-        text = sample.continue_text(run, state, config.prompt, tokens=min(200, room))
+        text = sample.continue_text(run, state, config.prompt)
     if cluster.is_first():
         print_evaluation(run, scalars, rows, config.steps)
         if config.prompt:

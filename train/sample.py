@@ -27,6 +27,10 @@ Array = jax.Array
 Tree = Any
 
 
+TOKENS = 200
+"""How many tokens are drawn where nobody says."""
+
+
 def generate(
     model: pure.Pure,
     state: Tree,
@@ -83,7 +87,7 @@ def continue_text(
     state: Tree,
     prompt: str,
     *,
-    tokens: int = 200,
+    tokens: int | None = None,
     temperature: float = 0.8,
     top_k: int = 0,
     seed: int = 0,
@@ -93,10 +97,21 @@ def continue_text(
     Experts are dispatched without a capacity limit: a slot count that suits a training batch would
     drop a single token at random.
 
+    Args:
+        run: the run.
+        state: holds `params` and `router`.
+        prompt: the beginning.
+        tokens: how many to draw; `TOKENS`, or what there is room for, where omitted.
+        temperature: divides the logits.
+        top_k: draws among that many likeliest tokens; 0 among all.
+        seed: of the draws.
+
     Raises:
         ValueError: as `prompt_ids`, or the temperature or top_k is out of range.
     """
-    ids = prompt_ids(run, prompt, tokens)
+    ids = prompt_ids(run, prompt, 1 if tokens is None else tokens)
+    room = run.units_per_step // run.config.batch - len(ids)
+    tokens = min(TOKENS, room) if tokens is None else tokens
     config, tokenizer = run.config.model, run.data.tokenizer  # type: ignore[union-attr]
     N = config.vocab_size  # type: ignore[union-attr]
     require(temperature >= 0, f"temperature={temperature} is below zero")
@@ -173,7 +188,9 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     cli.define_trained_run()
     flags.DEFINE_string("prompt", "", "Beginning of the text.")
-    flags.DEFINE_integer("tokens", 200, "Tokens to draw.")
+    flags.DEFINE_integer(
+        "tokens", None, f"Tokens to draw; {TOKENS} or what there is room for.", lower_bound=1
+    )
     flags.DEFINE_float("temperature", 0.8, "Divides the logits; 0 takes the likeliest token.")
     flags.DEFINE_integer("top_k", 0, "Draw among this many likeliest tokens; 0: among all.")
     flags.DEFINE_integer("seed", 0, "Of the draws.")

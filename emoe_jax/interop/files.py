@@ -162,7 +162,10 @@ def _download(name: str) -> pathlib.Path:
         if CONFIG in there:
             hub.hf_hub_download(name, CONFIG)
         return pathlib.Path(hub.hf_hub_download(name, chosen[0]))
-    except OSError as error:
+    except ValueError:
+        raise
+    # What a missing network, a wrong name or a refused token raise is of several libraries.
+    except Exception as error:
         raise FileNotFoundError(
             f"There is no file or folder {name}, and its weights could not be fetched from the"
             f" Hugging Face Hub repository of that name: {error}"
