@@ -5,9 +5,9 @@ one run after another, into DIR/VARIANT/seed_N. A seed decides the initial weigh
 so runs of one seed differ in the router alone. Seeds are gone through one by one, so that a study
 that is stopped has whole pairs; the same command goes on where it was stopped.
 
-Prints one table a metric: mean over seeds with its 95 % t-interval, and the difference to the
-baseline seed by seed with a 95 % bootstrap interval. Figures are in DIR/figures, all numbers in
---json=FILE.
+Prints one table a metric: mean over seeds, and the difference to the baseline seed by seed, each
+with a 95 % t-interval; from five seeds on a bootstrap interval stands beside the second. Figures are
+in DIR/figures, all numbers in --json=FILE.
 
 With --tune, trains instead a few values of one option for every variant (`variants.TUNING`) with
 one seed that is not of the study, and writes those with the lowest held-out loss to DIR/tuned.json,

@@ -17,6 +17,9 @@ from emoe_jax.config import require
 
 Rows = list[dict[str, Any]]
 
+BOOTSTRAP_PAIRS = 5
+"""Fewest differences whose bootstrap interval is printed."""
+
 LEVEL = 0.95
 RESAMPLES = 10_000
 
@@ -210,10 +213,12 @@ def _line(row: Mapping[str, Any], baseline: str, notes: Mapping[str, str]) -> di
     }
     if "difference" not in row:
         return line
-    drawn = row["difference"], row["difference_low"], row["difference_high"]
+    student = row["difference"], row["difference_t_low"], row["difference_t_high"]
+    drawn = _ends(row["difference_low"], row["difference_high"], "+")
     return line | {
-        f"minus {baseline}, paired [95 % bootstrap]": _bracket(*drawn, "+"),
-        "[95 % t]": _ends(row["difference_t_low"], row["difference_t_high"], "+"),
+        f"minus {baseline}, paired [95 % t]": _bracket(*student, "+"),
+        # Drawn from few values it is too short.
+        "[95 % bootstrap]": drawn if row["pairs"] >= BOOTSTRAP_PAIRS else "",
         "in %": "" if math.isnan(share := row["difference_share"]) else f"{100 * share:+.2f}",
     }
 

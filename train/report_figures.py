@@ -336,13 +336,10 @@ def _write_values(axis: Axes, values: np.ndarray, norm: Normalize) -> None:
             )
 
 
-def _edges(centers: np.ndarray) -> np.ndarray:
-    """Borders [n+1] of cells around ascending centres [n]."""
-    if len(centers) == 1:
-        return centers[0] + np.array([-0.5, 0.5])
-    middle = (centers[1:] + centers[:-1]) / 2
-    first, last = 2 * centers[0] - middle[0], 2 * centers[-1] - middle[-1]
-    return np.concatenate([[first], middle, [last]])
+def _edges(steps: np.ndarray) -> np.ndarray:
+    """Borders [n+1] of cells for ascending steps [n], between the steps and half a step around."""
+    middle = (steps[1:] + steps[:-1]) / 2
+    return np.concatenate([[steps[0] - 0.5], middle, [steps[-1] + 0.5]])
 
 
 def _widen(axis: Axes, log: bool) -> None:

@@ -129,9 +129,16 @@ def test_tables_name_metric_baseline_and_note():
     # Mean 2.5, standard error 0.5, t(0.975, 1) = 12.706.
     assert first["mean [95 % t]"] == "2.5 [-3.853, 8.853]"
     assert second["variant"] == "b (not causal)"
-    assert second["minus a, paired [95 % bootstrap]"] == "+0.25 [+0.25, +0.25]"
+    assert second["minus a, paired [95 % t]"] == "+0.25 [+0.25, +0.25]"
+    assert second["[95 % bootstrap]"] == ""  # of two differences it says nothing
     assert second["in %"] == "+10.00"
     assert dead["rows"][1]["in %"] == ""  # no share of nothing
+
+
+def test_a_bootstrap_of_five_differences_is_printed():
+    results = [result(v, s, loss=2.0 + s + (v == "b") / 4) for v in "ab" for s in range(5)]
+    (table,) = shown(compare(results, "a"), "a", {})
+    assert table["rows"][1]["[95 % bootstrap]"] == "[+0.25, +0.25]"
 
 
 def test_no_metric_stands_in_two_tables():
