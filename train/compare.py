@@ -6,8 +6,8 @@ so runs of one seed differ in the router alone. Seeds are gone through one by on
 that is stopped has whole pairs; the same command goes on where it was stopped.
 
 Prints one table a metric: mean over seeds, and the difference to the baseline seed by seed, each
-with a 95 % t-interval; from five seeds on a bootstrap interval stands beside the second. Figures are
-in DIR/figures, all numbers in --json=FILE.
+with a 95 % t-interval; from five seeds on a bootstrap interval stands beside the second. Figures
+are in DIR/figures, all numbers in --json=FILE.
 
 With --tune, trains instead a few values of one option for every variant (`variants.TUNING`) with
 one seed that is not of the study, and writes those with the lowest held-out loss to DIR/tuned.json,
