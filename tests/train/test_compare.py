@@ -182,7 +182,7 @@ def test_the_program_prints_tables_and_writes_numbers_and_figures(
     program(Flags(tmp_path, json=str(tmp_path / "study.json")))
     printed = capsys.readouterr().out
     assert "Task, held-out data: loss (nats)" in printed
-    assert "minus switch, paired [95 % bootstrap]" in printed
+    assert "minus switch, paired [95 % t]" in printed
     assert "+0.5 [+0.5, +0.5]" in printed
     assert "a table of the run" not in printed
     table = json.loads((tmp_path / "study.json").read_text(), parse_constant=pytest.fail)
