@@ -94,7 +94,7 @@ def bootstrap_interval(
     """Percentile bootstrap 95 % interval of the mean (Efron, Annals of Statistics 7, 1979).
 
     With few seeds it is too short: its half width is about 1.96 sqrt((n-1)/n) standard errors,
-    where Student's is 2.78 for n = 5. The tables therefore give both.
+    where Student's is 2.78 for n = 5. The tables lead with the latter.
 
     Args:
         values: one a seed, for example paired differences.

@@ -19,14 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
 
-from emoe_jax.basis import prepare_bases
-from emoe_jax.config import LMConfig, require
+from emoe_jax.config import require
 from emoe_jax.experts import apply_experts
 from emoe_jax.models.stack import layer_names
 from emoe_jax.moe import Aux, MoE
 from emoe_jax.sharding import in_mesh, replicated
 from train import cluster
 from train.evaluate import Evaluator, heldout
+from train.observe import observe
 from train.run import Run
 
 Array = jax.Array
@@ -164,22 +164,12 @@ def roll_experts(params: Tree) -> Tree:
 
 def _cosine_sums(run: Run, params: Tree, router: Tree, batch: Tree, key: Array) -> Tree:
     config = run.config.model
-    model = run.model.bind(prepare_bases(params, config.moe.basis.method), router)
-    for group in model.blocks.groups:
-        if group.experts:
-            group.moe = _Recorder(group.moe)
-    if isinstance(config, LMConfig):
-        names = ("positions", "segments", "rows")
-        context = {name: batch[name] for name in names}
-        _, aux = model.features(batch["tokens"], key=key, **context)
-    else:
-        # Images that pad the last batch are no tokens.
-        _, aux = model(batch["images"], mask=batch.get("scored"), rows=batch["rows"], key=key)
+    captured = observe(run, params, router, batch, key, _Recorder)
     sums = {}
-    for place, layer in aux.items():
+    for place, seen in captured.items():
         weights = params["blocks"]["groups"][place]["moe"]["experts"]
         weights = {name: leaf.astype(config.dtype) for name, leaf in weights.items()}
-        given = (weights, layer.captured["input"], layer.captured["mask"])
+        given = (weights, seen["input"], seen["mask"])
         sums[place] = jax.lax.map(lambda one: _layer_sums(*one), given)
     return sums
 

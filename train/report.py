@@ -28,6 +28,7 @@ from train.report_page import Section
 from train.report_training import Album, Layers, Log
 from train.routes import Routes
 from train.run import CONFIG_FILE, Run, load_trained
+from train.telemetry import routers_of
 
 Tree = Any
 Rows = list[dict[str, Any]]
@@ -275,12 +276,11 @@ def study_section(studies: Sequence[Study]) -> Section:
 
 def state_spectra(run: Run, state: Tree, step: int) -> Layers:
     """The spectra that routers keep in their state, as if logged at the checkpoint's step."""
-    groups = state["router"].get("blocks", {}).get("groups", {})
+    kept = routers_of(state["router"])
     found: Layers = {}
     for place, names in layer_names(run.config.model).items():
-        kept = groups.get(place, {}).get("moe", {}).get("router", {})
-        if "spectrum" in kept:
-            for name, values in zip(names, np.asarray(kept["spectrum"]), strict=True):
+        if "spectrum" in kept.get(place, {}):
+            for name, values in zip(names, np.asarray(kept[place]["spectrum"]), strict=True):
                 found[name] = np.array([step]), values[None]
     return dict(sorted(found.items()))
 

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from emoe_jax.basis import prepare_bases
 from emoe_jax.config import LMConfig, moe_layers, require
 from emoe_jax.models.stack import layer_names
 from emoe_jax.moe import Aux, MoE
@@ -27,6 +26,7 @@ from train.data.text import TextData
 from train.data.tokenizer import Tokenizer
 from train.data.vision import VisionData
 from train.evaluate import heldout
+from train.observe import observe
 from train.run import Run
 
 Array = jax.Array
@@ -154,22 +154,16 @@ class _Capture(nnx.Module):
 def _captured(run: Run, params: Tree, router: Tree, batch: Tree, key: Array) -> Tree:
     """`indices` [B,S,K] by layer, `real` [B,S], and what the counts need of the batch."""
     config = run.config.model
-    model = run.model.bind(prepare_bases(params, config.moe.basis.method), router)
-    for group in model.blocks.groups:
-        if group.experts:
-            group.moe = _Capture(group.moe)
+    captured = observe(run, params, router, batch, key, _Capture)
     if isinstance(config, LMConfig):
-        context = {name: batch[name] for name in ("positions", "segments", "rows")}
-        _, aux = model.features(batch["tokens"], key=key, **context)
         kept = {"tokens": batch["tokens"], "positions": batch["positions"], "real": batch["scored"]}
     else:
-        _, aux = model(batch["images"], mask=batch["scored"], rows=batch["rows"], key=key)
         kept = {
             "labels": jnp.argmax(batch["labels"], axis=-1),
             "images": batch["images"][:EXAMPLES],
         }
     indices = {
-        name: aux[place].captured["indices"][repeat]
+        name: captured[place]["indices"][repeat]
         for place, names in layer_names(config).items()
         for repeat, name in enumerate(names)
     }

@@ -63,17 +63,9 @@ def make_steps(
         opt_state: its abstract state for the trained parameters, whose structure the dicts of the
             training state fill.
     """
-    forward = _forward_lm if config.task == "lm" else _forward_vit
+    forward = _forward(config)
     method = config.model.moe.basis.method
     learning_rate = schedule(config.optim, config.steps)
-
-    def objective(
-        params: Tree, router: Tree, batch: Batch, key: Array, total: Array
-    ) -> tuple[Array, tuple[Sums, dict[str, Aux]]]:
-        sums, aux = forward(pure.bind(params, router), batch, key)
-        penalty = auxiliary_loss(aux)
-        loss = sums["loss"] / total + penalty / config.accumulate
-        return loss, (sums | {"penalty": penalty / config.accumulate}, aux)
 
     def train_step(state: Tree, batch: Batch, key: Array) -> tuple[Tree, Tree]:
         key = jax.random.fold_in(key, state["step"])
@@ -84,7 +76,7 @@ def make_steps(
         fixed = prepare_bases(frozen, method)
 
         def loss(params: Tree, *rest: Any) -> tuple[Array, tuple[Sums, dict[str, Aux]]]:
-            return objective(merge(params, fixed), *rest)
+            return _objective(config, pure, merge(params, fixed), *rest)
 
         gradient = jax.grad(loss, has_aux=True)
 
@@ -124,6 +116,21 @@ def make_steps(
     return Steps(*(in_mesh(mesh, step) for step in (train_step, calibrate_step, evaluate_step)))
 
 
+def _objective(
+    config: ExperimentConfig,
+    pure: Pure,
+    params: Tree,
+    router: Tree,
+    batch: Batch,
+    key: Array,
+    total: Array,
+) -> tuple[Array, tuple[Sums, dict[str, Aux]]]:
+    """A microbatch's part of the loss, a mean over `total` targets; its sums and statistics."""
+    sums, aux = _forward(config)(pure.bind(params, router), batch, key)
+    penalty = auxiliary_loss(aux) / config.accumulate
+    return sums["loss"] / total + penalty, (sums | {"penalty": penalty}, aux)
+
+
 def _task_metrics(sums: Sums, total: Array) -> dict[str, Array]:
     """Means over the targets of an optimizer step."""
     metrics = {"loss": sums["loss"] / total, "penalty": sums["penalty"]}
@@ -137,6 +144,11 @@ def _weights(batch: Batch) -> Array:
     if "segments" in batch:
         return (batch["segments"] > 0).astype(jnp.float32)
     return jnp.ones(batch["labels"].shape[:1], jnp.float32)
+
+
+def _forward(config: ExperimentConfig) -> Callable[..., tuple[Sums, dict[str, Aux]]]:
+    """The pass over a batch: (model, batch, key) to sums over it and what expert layers tell."""
+    return _forward_lm if config.task == "lm" else _forward_vit
 
 
 def _forward_lm(model: Any, batch: Batch, key: Array) -> tuple[Sums, dict[str, Aux]]:

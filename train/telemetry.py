@@ -121,7 +121,7 @@ class Meter:
         now = _bases(state)
         for place, compiled in self.drift.items():
             more[place]["drift"] = compiled(self.reference[place], now[place])
-        for place, router in _routers(state["router"]).items():
+        for place, router in routers_of(state["router"]).items():
             if "spectrum" in router:
                 more[place]["spectrum"] = router["spectrum"]
         more = jax.device_get(more)
@@ -183,7 +183,7 @@ def _tokens(run: Run) -> int:
     return int(run.abstract["params"]["position"].shape[0])
 
 
-def _routers(tree: Tree) -> dict[str, Tree]:
+def routers_of(tree: Tree) -> dict[str, Tree]:
     """The routers' part of parameters or running state, by place in the period."""
     groups = tree.get("blocks", {}).get("groups", {})
     return {
@@ -195,7 +195,7 @@ def _routers(tree: Tree) -> dict[str, Tree]:
 
 def _bases(state: Tree) -> dict[str, jax.Array]:
     """The bases [repeats,D,R] of eigenbasis routers, by place, wherever they are kept."""
-    both = _routers(state["params"]), _routers(state["router"])
+    both = routers_of(state["params"]), routers_of(state["router"])
     return {p: router["basis"] for part in both for p, router in part.items() if "basis" in router}
 
 

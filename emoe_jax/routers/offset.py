@@ -75,11 +75,11 @@ def rates(updates: Array, progress: Array) -> Rates:
 
 @functools.lru_cache
 def curvature(experts: int, k: int) -> float:
-    """C = (E/K)·E[φ(t)], t the K-th largest of E-1 standard normals: 1.42 for E=8, K=1.
+    """The curvature c = (E/K)·E[φ(t)], t the K-th largest of E-1 standard normals.
 
     It is the relative growth of an expert's load with its offset where the scores of a token are
     independent and standard normal: an expert is chosen if its score is above the K-th largest of
-    the others'. Zero for K = E, where every expert is always chosen.
+    the others'. 1.42 for E=8, K=1; zero for K = E, where every expert is always chosen.
     """
     if k == experts:
         return 0.0
@@ -97,7 +97,9 @@ def curvature(experts: int, k: int) -> float:
 
 
 def move_offset(offset: Array, load: Array, rate: Array, k: int) -> Array:
-    """B ← b - (η/c)·clip(f - 1, ±1), centred, with f_k the load of expert k over the mean load.
+    """The next offset: b ← b - (η/c)·clip(f - 1, ±1), centred.
+
+    f_k is the load of expert k over the mean load.
 
     Args:
         offset: b [...,E].
@@ -244,7 +246,7 @@ class SoftmaxOffsetRouter(Router):
         rate = rates(state["updates"], progress)
         counted = jnp.maximum(stats["counted"], 1.0)[..., None]
         rho = rate.statistics[..., None]
-        # Sums are of scores less the running mean, which moves: see `whitened.about_moved_mean`.
+        # Sums are of scores less the running mean, which moves: see `whitened.covariance_target`.
         gap, square = stats["score_sum"] / counted, stats["score_square"] / counted
         square = square - rho * jnp.square(gap)
         new: dict[str, Any] = {

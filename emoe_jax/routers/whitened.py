@@ -61,8 +61,8 @@ class WhitenedRouter(Router):
         log_temperature: log τ [].
         basis: Q [D,R]; a parameter where it is learned, running state otherwise.
         mean: μ [D], running state, as all that follow.
-        image: V [D,R], mean of (h - μ)zᵀ, only where the basis is tracked.
-        covariance: C [R,R], mean of zzᵀ.
+        image: V [D,R], covariance of h and z, near ΣQ; only where the basis is tracked.
+        covariance: C [R,R], of z.
         whitener: C^-α, scaled, [R,R].
         spectrum: eigenvalues of C [R], ascending.
         offset: b [E], only with `routing.offset`.
@@ -148,7 +148,7 @@ class WhitenedRouter(Router):
         # Means over tokens less the running mean μ; it moves by ρ times the first.
         batch = _means(stats, ("token_sum", "z_sum", "z_gram", "image_sum"))
         shift, turned = batch["token_sum"], batch["z_sum"]
-        square = about_moved_mean(batch["z_gram"], turned, turned, rho)
+        square = covariance_target(batch["z_gram"], turned, turned, rho)
         covariance = _towards(state["covariance"], square, rho)
         whitener, spectrum = bases.whitener(covariance, _options(config)["whitening"])
         new: dict[str, Any] = {
@@ -159,7 +159,7 @@ class WhitenedRouter(Router):
             "updates": state["updates"] + 1.0,
         }
         if "image" in state:
-            image = about_moved_mean(batch["image_sum"], shift, turned, rho)
+            image = covariance_target(batch["image_sum"], shift, turned, rho)
             new["image"] = _towards(state["image"], image, rho)
             new["basis"] = bases.follow(new["image"], state["basis"])
         elif "basis" in state:
@@ -193,7 +193,7 @@ def _means(stats: dict[str, Array], names: tuple[str, ...]) -> dict[str, Array]:
     }
 
 
-def about_moved_mean(moment: Array, left: Array, right: Array, rate: Array) -> Array:
+def covariance_target(moment: Array, left: Array, right: Array, rate: Array) -> Array:
     """E[xyᵀ] - ρ E[x]E[y]ᵀ: what a running covariance moves to while its mean moves by ρE[x].
 
     x and y are tokens less the running mean, and a covariance that is (1 - ρ) of what it was and ρ
