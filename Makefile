@@ -36,5 +36,5 @@ $(BIN)/python:
 
 # The extras of pyproject.toml; installed again when it changes.
 $(VENV)/.train $(VENV)/.test $(VENV)/.soak $(VENV)/.lint: $(VENV)/.%: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,$*]'
 	touch $@

@@ -30,7 +30,7 @@ import numpy as np
 from absl import flags
 
 from emoe_jax.dispatch import dropless
-from emoe_jax.grouped import grouped_matmul
+from emoe_jax.grouped import grouped_matmul, native
 from emoe_jax.routers import Routing
 from train import timing
 from train.bench_adapter import adapter
@@ -185,11 +185,13 @@ def _grouped_rows(load: str, E: int) -> list[Row]:
 
 
 def _rounds() -> dict[str, int]:
-    """How many rounds each kernel is timed for: our CPU kernel only where it is meant to run."""
+    """How many rounds each kernel is timed for: those for CPU only where they are meant to run."""
     rounds = {"dense": FLAGS.repeats, "batched": FLAGS.repeats}
     if jax.default_backend() != "cpu":
         return rounds | {"ragged_dot": FLAGS.repeats}
-    rounds["cpu"] = FLAGS.repeats
+    if not native.missing():
+        rounds["native"] = FLAGS.repeats
+    rounds["loops"] = FLAGS.repeats
     ragged = min(FLAGS.ragged_repeats, FLAGS.repeats)
     return rounds | ({"ragged_dot": ragged} if ragged else {})
 

@@ -60,7 +60,8 @@ if jax.__version_info__ < (0, 11):  # later compilers do not know it
 
 OPTIONS = {
     "eigen": RouterConfig(orthogonality_weight=0.1),
-    "softmax": RouterConfig(z_weight=0.1, renormalize=True),
+    # A single gate is not renormalised: it would be 1, and its gradient rounding alone.
+    "softmax": RouterConfig(z_weight=0.1),
     "switch": RouterConfig(balance_weight=1.0),
     "loss_free": RouterConfig(bias_rate=0.1),
 }
@@ -74,6 +75,9 @@ def draw(shape: tuple[int, ...], seed: int) -> np.ndarray:
 
 
 def layer_config(router: str, top_k: int, **values: Any) -> MoEConfig:
+    options = OPTIONS.get(router, RouterConfig())
+    if router == "softmax" and top_k > 1:
+        options = dataclasses.replace(options, renormalize=True)
     common: dict[str, Any] = {
         "router": router,
         "experts": E,
@@ -84,7 +88,7 @@ def layer_config(router: str, top_k: int, **values: Any) -> MoEConfig:
         # Expert choice takes no other; it has its own capacity and reads no factor.
         "dispatch": "capacity" if router == "expert_choice" else "dropless",
         "basis": BasisConfig(rank=4),
-        "routing": OPTIONS.get(router, RouterConfig()),
+        "routing": options,
     }
     return MoEConfig(**(common | values))
 

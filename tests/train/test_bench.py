@@ -23,7 +23,7 @@ def test_grouped_prints_and_writes_rows(tmp_path, capsys):
     assert written["run"]["versions"]["jax"] == jax.__version__
 
     rows = written["rows"]
-    kernels = ["dense", "batched", "cpu", "ragged_dot"]
+    kernels = ["dense", "batched", "native", "loops", "ragged_dot"]
     assert [(row["E"], row["kernel"]) for row in rows] == [(3, k) for k in kernels]
     for row in rows:
         assert row["load"] == "skewed"
@@ -48,11 +48,12 @@ def test_bfloat16_without_ragged_dot(capsys):
 def test_kernels_compute_the_same_outputs_and_gradients():
     bench.FLAGS(["bench"])
     operands = bench._operands(T=12, D=4, F=6, K=2, E=3, load="skewed")["experts"]
-    ours, compilers = (
-        bench._programs(kernel)["step"](*operands) for kernel in ("cpu", "ragged_dot")
+    native, loops, compilers = (
+        bench._programs(kernel)["step"](*operands) for kernel in ("native", "loops", "ragged_dot")
     )
-    for mine, other in zip(*map(jax.tree.leaves, (ours, compilers)), strict=True):
-        np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-6)
+    for ours in (native, loops):
+        for mine, other in zip(*map(jax.tree.leaves, (ours, compilers)), strict=True):
+            np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,177 @@
+"""Grouped matrix product: consecutive blocks of rows, each times its own expert's matrix.
+
+`grouped_matmul` is one function with a backend per platform: `ragged` is the compiler's own grouped
+product, `native` and `loops` are ours for CPU, where the compiler's does E times the arithmetic.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from emoe_jax.grouped import loops, native, ragged
+from emoe_jax.grouped.products import Product
+
+Array = jax.Array
+
+BACKENDS = ("auto", "ragged_dot", "native", "loops")
+
+_MULTIPLY: Mapping[str, Callable[[Product, Array, Array, Array], Array]] = {
+    "ragged_dot": ragged.multiply,
+    "native": native.multiply,
+    "loops": loops.multiply,
+}
+
+
+def resolve_backend(name: str, platform: str | None = None) -> str:
+    """Names the kernel that `grouped_matmul(..., backend=name)` runs.
+
+    Args:
+        name: one of `BACKENDS`.
+        platform: the platform compiled for ("cpu", "gpu", "cuda", "rocm", "tpu"); None takes JAX's
+            default backend, which is right unless one compiles ahead of time for another.
+
+    Returns:
+        "ragged_dot", "native" or "loops".
+
+    Raises:
+        ValueError: the name is not a backend, or it is "native" and this machine has none.
+    """
+    if name not in BACKENDS:
+        raise ValueError(
+            f"Grouped product backend {name!r} does not exist; choose one of {', '.join(BACKENDS)}."
+        )
+    if name == "native" and native.missing():
+        raise ValueError(f"There are no native grouped products here: {native.missing()}.")
+    if name != "auto":
+        return name
+    return _on_cpu() if (platform or jax.default_backend()) == "cpu" else "ragged_dot"
+
+
+def _on_cpu() -> str:
+    return "loops" if native.missing() else "native"
+
+
+def grouped_matmul(rows: Array, weights: Array, sizes: Array, *, backend: str = "auto") -> Array:
+    """Multiplies each block of consecutive rows by the matrix of its group.
+
+    Rows [sum(sizes[:e]), sum(sizes[:e+1])) are multiplied by weights[e]. Products accumulate in
+    float32 (float64 for float64 operands) and are rounded once to the operands' dtype. Rows past
+    sum(sizes) give exact zeros and get zero gradients, whatever they hold. An empty group's matrix
+    gets a zero gradient.
+
+    "auto" is "ragged_dot" but on a CPU, and there "native", or "loops" where `native.missing()`
+    says why. It is decided when the program is lowered (`jax.lax.platform_dependent`), not from the
+    process's default backend, because an ahead-of-time compile for TPU runs in a CPU process. On
+    TPU `ragged_dot` is a native grouped kernel. On GPU it is what XLA offers, which may be dense: E
+    times the arithmetic; "auto" does not know, so time it there (`python -m train.bench grouped`).
+    On CPU "ragged_dot" is always dense: an oracle. "loops" is correct on every platform and meant
+    for one, "native" exists on CPU only. "native" computes in float32, low precision too.
+
+    Differentiable in rows and weights (reverse mode), usable under jit, scan, checkpoint and
+    shard_map; not under vmap with an efficient result, and not in forward mode.
+
+    Args:
+        rows: [M,D], sorted by group.
+        weights: [E,D,F], of the rows' dtype.
+        sizes: [E] int32, rows in each group, non-negative, sum at most M. The values are not
+            checked: they are known only on the device.
+        backend: one of `BACKENDS`.
+
+    Returns:
+        [M,F] in the rows' dtype.
+
+    Raises:
+        ValueError: unknown backend, or one that is not there or not for float64, or shapes or
+            dtypes that do not fit together.
+    """
+    resolve_backend(backend)
+    _check(rows, weights, sizes)
+    if backend == "native" and rows.dtype == jnp.float64:
+        raise ValueError('backend "native" takes no float64; choose "loops".')
+    if rows.size == 0 or weights.size == 0:
+        return jnp.zeros_like(rows, shape=(rows.shape[0], weights.shape[2]))
+    return _product(backend, *_varying_alike(rows, weights, sizes))
+
+
+def _varying_alike(*arrays: Array) -> list[Array]:
+    """The arrays, each varying over every mesh axis over which one of them varies.
+
+    Inside shard_map operands may vary over different axes (sharded rows, replicated weights). The
+    cast makes the types equal here, where JAX transposes it into the right sum over devices. What
+    needs no cast stays the same array: it is the backward pass that keeps it, and a copy of the
+    weights would be kept beside the weights.
+    """
+    varying = [jax.typeof(array).manual_axis_type.varying for array in arrays]
+    everywhere = frozenset().union(*varying)
+    return [
+        lax.pcast(array, tuple(sorted(everywhere - own)), to="varying")
+        if own < everywhere
+        else array
+        for array, own in zip(arrays, varying, strict=True)
+    ]
+
+
+def _check(rows: Array, weights: Array, sizes: Array) -> None:
+    if rows.ndim != 2 or weights.ndim != 3 or sizes.ndim != 1:
+        raise ValueError(
+            "grouped_matmul takes rows [M,D], weights [E,D,F] and sizes [E]; got shapes "
+            f"{rows.shape}, {weights.shape} and {sizes.shape}."
+        )
+    if rows.shape[1] != weights.shape[1]:
+        raise ValueError(
+            f"rows are {rows.shape[1]} wide and weights take {weights.shape[1]}; "
+            "both must be the model width D."
+        )
+    if sizes.shape[0] != weights.shape[0]:
+        raise ValueError(
+            f"sizes counts {sizes.shape[0]} groups and weights hold {weights.shape[0]}; "
+            "give one size for each expert."
+        )
+    if rows.dtype != weights.dtype or not jnp.issubdtype(rows.dtype, jnp.floating):
+        raise ValueError(
+            f"rows are {rows.dtype} and weights {weights.dtype}; cast both to one floating dtype."
+        )
+    if sizes.dtype != jnp.int32:
+        raise ValueError(f"sizes are {sizes.dtype}; cast them to int32.")
+
+
+# --- one custom VJP over three products, each chosen per backend ------------------------------
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(backend: str, rows: Array, weights: Array, sizes: Array) -> Array:
+    return _multiply(backend, Product.MATRIX, rows, weights, sizes)
+
+
+def _product_forward(
+    backend: str, rows: Array, weights: Array, sizes: Array
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    return _product(backend, rows, weights, sizes), (rows, weights, sizes)
+
+
+def _product_backward(
+    backend: str, residuals: tuple[Array, Array, Array], d_out: Array
+) -> tuple[Array, Array, None]:
+    rows, weights, sizes = residuals
+    d_rows = _multiply(backend, Product.TRANSPOSE, d_out, weights, sizes)
+    d_weights = _multiply(backend, Product.COLUMNS, rows, d_out, sizes)
+    return d_rows, d_weights, None
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def _multiply(backend: str, product: Product, left: Array, right: Array, sizes: Array) -> Array:
+    if backend != "auto":
+        return _MULTIPLY[backend](product, left, right, sizes)
+    on_cpu = "loops" if left.dtype == jnp.float64 else _on_cpu()
+    return lax.platform_dependent(
+        left,
+        right,
+        sizes,
+        cpu=partial(_MULTIPLY[on_cpu], product),
+        default=partial(ragged.multiply, product),
+    )
