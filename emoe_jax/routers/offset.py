@@ -43,10 +43,10 @@ Array = jax.Array
 TEMPERATURE = 0.6
 """First value of the learned temperature τ."""
 
-STATISTICS_RATE = 0.03
+STATISTICS_RATE = 0.01
 """ρ₀, the rate of running means at the end of training."""
 
-OFFSET_RATE = 0.05
+OFFSET_RATE = 0.01
 """η₀, the rate of the offset at the end of training, in steps of Newton's."""
 
 
