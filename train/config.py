@@ -88,6 +88,8 @@ class ExperimentConfig:
         accumulate: microbatches into which a batch is split.
         calibrate: batches, drawn for this alone, that pass forward before the first step, so that
             routers with running statistics begin with some.
+        settle: batches, likewise, that pass forward after the last step, so that the routers'
+            running state comes to rest; -1 is a tenth of the steps, at most 100.
         log_every: steps between lines of metrics.
         eval_every: steps between evaluations on held-out data; the last step always has one.
         profile: steps of which an xprof trace is written, 0 for none.
@@ -111,6 +113,7 @@ class ExperimentConfig:
     batch: int = 32
     accumulate: int = 1
     calibrate: int = 10
+    settle: int = -1
     log_every: int = 10
     eval_every: int = 200
     profile: int = 0
@@ -126,6 +129,7 @@ class ExperimentConfig:
         require_positive(steps=self.steps, batch=self.batch, accumulate=self.accumulate)
         require_positive(log_every=self.log_every, eval_every=self.eval_every)
         require(self.calibrate >= 0, f"calibrate={self.calibrate} is below zero")
+        require(self.settle >= -1, f"settle={self.settle} is below -1, which lets it follow steps")
         require(self.profile >= 0, f"profile={self.profile} is below zero")
         require(self.seed >= 0, f"seed={self.seed} is below zero")
         require(
@@ -143,6 +147,11 @@ class ExperimentConfig:
             f"optim.warmup={self.optim.warmup} is not below steps={self.steps}; set optim.warmup to"
             f" {self.steps // 10}, or train longer",
         )
+
+    @property
+    def settling(self) -> int:
+        """How many batches pass forward after the last step."""
+        return min(100, self.steps // 10) if self.settle == -1 else self.settle
 
 
 def experiment(task: str, **overrides: Any) -> config_dict.ConfigDict:

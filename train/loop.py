@@ -54,8 +54,8 @@ LOGGER = logging.getLogger(__name__)
 PROFILE = "profile"
 """Folder of the trace in the run's folder."""
 
-CALIBRATION = 0xCA11
-"""What tells the seed of calibration's batches from that of training's."""
+CALIBRATION, SETTLING = 0xCA11, 0x5E77
+"""What tells the seeds of the batches before and after training from that of training's."""
 
 PROFILE_AFTER = 10
 """Steps before the profile begins, so that it shows the steady state."""
@@ -93,9 +93,13 @@ def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[Scalars,
         batches = run.data.train_iterator(
             config.batch, seed=config.seed, rows=run.rows(config.batch)
         )
+        position = batches.get_state()
+        example = next(batches)
+        batches.set_state(position)
         resumed = checkpoints.latest_step()
+        forward = None if resumed == config.steps else _compile_forward(run, example)
         if resumed is None:
-            state = _calibrate(run, _start(run))
+            state = _calibrate(run, forward, _start(run))
         else:
             state = _resume(run, checkpoints, resumed, batches)
         _write_config(tree, workdir)
@@ -103,9 +107,7 @@ def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[Scalars,
         # ------------------------------------------------------------ training, unless it is done
         evaluator, result = compile_evaluate(run), None
         if resumed != config.steps:
-            position = batches.get_state()
-            compiled = _compile_train(run, next(batches))
-            batches.set_state(position)
+            compiled = _compile_train(run, example)
             log = RunLog(
                 workdir,
                 total_steps=config.steps,
@@ -114,7 +116,9 @@ def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[Scalars,
                 enabled=cluster.is_first(),
             )
             with log, _Compilations() as compilations:
-                parts = _Parts(run, batches, compiled, evaluator, checkpoints, log, compilations)
+                parts = _Parts(
+                    run, batches, compiled, forward, evaluator, checkpoints, log, compilations
+                )
                 state, result = _steps(parts, state, resumed or 0)
         batches.close()
     scalars, rows = result or evaluate(run, evaluator, state)
@@ -215,24 +219,49 @@ def _start(run: Run) -> Tree:
     return state | {"params": place_params(state["params"], taken)}
 
 
-def _calibrate(run: Run, state: Tree) -> Tree:
+def _compile_forward(run: Run, example: dict[str, np.ndarray]) -> Any:
+    """A pass that moves the routers' running state alone; None where it is not wanted."""
+    config = run.config
+    calibrated = _calibrates(config) and config.calibrate > 0
+    if not run.abstract["router"] or not (calibrated or config.settling > 0):
+        return None
+    places = jax.tree.map(lambda leaf: leaf.sharding, run.abstract["router"])
+    step = jax.jit(run.steps.calibrate, out_shardings=places, donate_argnums=1)
+    batch, key = run.abstract_batch(example, config.batch), jax.eval_shape(run.key)
+    given = run.abstract["params"], run.abstract["router"], batch, key, np.float32(0)
+    return cluster.compile_together(step.lower(*given))
+
+
+def _calibrates(config: ExperimentConfig) -> bool:
+    return router_class(config.model.moe.router).CALIBRATES
+
+
+def _calibrate(run: Run, forward: Any, state: Tree) -> Tree:
     """The state whose routers have seen a few batches, where that is of use to them.
 
     The batches are drawn with a seed of their own: no step routes by statistics of its own batch.
     """
-    config = run.config
-    if not (state["router"] and router_class(config.model.moe.router).CALIBRATES):
+    if forward is None or not _calibrates(run.config):
         return state
-    seed = derive_seed(config.seed, CALIBRATION)
+    return _pass_forward(run, forward, state, CALIBRATION, np.zeros(run.config.calibrate))
+
+
+def _settle(run: Run, forward: Any, state: Tree) -> Tree:
+    """The state whose routers have come to rest: weights no longer move, so noise averages out."""
+    if forward is None:
+        return state
+    return _pass_forward(run, forward, state, SETTLING, 2.0 + np.arange(run.config.settling))
+
+
+def _pass_forward(run: Run, forward: Any, state: Tree, purpose: int, progress: np.ndarray) -> Tree:
+    """Passes batches of a seed of their own forward, one for each `progress` of an update [N]."""
+    config = run.config
+    seed = derive_seed(config.seed, purpose)
     batches = run.data.train_iterator(config.batch, seed=seed, rows=run.rows(config.batch))
-    places = jax.tree.map(lambda leaf: leaf.sharding, run.abstract["router"])
-    step = jax.jit(run.steps.calibrate, out_shardings=places, donate_argnums=1)
-    compiled, key = None, run.key()
-    for number in range(config.calibrate):
+    for number, share in enumerate(progress):
         batch = run.to_devices(next(batches), config.batch)
-        given = state["params"], state["router"], batch, jax.random.fold_in(key, number)
-        compiled = compiled or cluster.compile_together(step.lower(*given))
-        state = state | {"router": compiled(*given)}
+        given = state["params"], state["router"], batch, jax.random.fold_in(run.key(), number)
+        state = state | {"router": forward(*given, np.float32(share))}
     batches.close()
     return state
 
@@ -324,6 +353,7 @@ class _Parts(NamedTuple):
     run: Run
     batches: Any
     compiled: Any
+    forward: Any
     evaluator: Evaluator
     checkpoints: Checkpoints
     log: RunLog
@@ -357,6 +387,7 @@ def _steps(parts: _Parts, state: Tree, start: int) -> tuple[Tree, Any]:
         if step % config.eval_every == 0 or last:
             jax.block_until_ready(state)
             with meter.left_out():
+                state = _settle(run, parts.forward, state) if last else state
                 result = evaluate(run, parts.evaluator, state)
             measured = result[0]
             log.write(step, measured)

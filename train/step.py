@@ -36,13 +36,13 @@ class Steps(NamedTuple):
 
     Attributes:
         train: (state, batch, key) to (state, metrics).
-        calibrate: (params, router, batch, key) to the routers' next state: a forward pass for which
-            nothing is trained.
+        calibrate: (params, router, batch, key, progress) to the routers' next state: a forward pass
+            for which nothing is trained; progress as of `Router.update`.
         evaluate: (params, router, batch, key) to sums over the batch.
     """
 
     train: Callable[[Tree, Batch, Array], tuple[Tree, Tree]]
-    calibrate: Callable[[Tree, Tree, Batch, Array], Tree]
+    calibrate: Callable[[Tree, Tree, Batch, Array, Array], Tree]
     evaluate: Callable[[Tree, Tree, Batch, Array], Tree]
 
 
@@ -102,11 +102,13 @@ def make_steps(
         }
         return new, metrics
 
-    def calibrate_step(params: Tree, router: Tree, batch: Batch, key: Array) -> Tree:
+    def calibrate_step(
+        params: Tree, router: Tree, batch: Batch, key: Array, progress: Array
+    ) -> Tree:
         model = pure.bind(prepare_bases(params, method), router)
         parts = microbatches(batch, config.accumulate)
         aux = _sum_over(lambda part: forward(model, part, key)[1], parts)
-        return update_router_state(config.model.moe, router, aux, jnp.zeros((), jnp.float32))
+        return update_router_state(config.model.moe, router, aux, progress)
 
     def evaluate_step(params: Tree, router: Tree, batch: Batch, key: Array) -> Tree:
         model = pure.bind(prepare_bases(params, method), router)

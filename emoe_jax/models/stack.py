@@ -260,7 +260,8 @@ def update_router_state(
         config: of the expert layers.
         router: running state of a whole model, as nested dicts; empty where there is none.
         aux: of an optimizer step, its statistics summed over microbatches.
-        progress: [] float32 in [0,1], the share of the training's steps that are done.
+        progress: [] float32, the share of the training's steps that are done; 1 + n at the n-th
+            batch after them, which moves nothing but this state.
     """
     if not router:
         return router

@@ -114,7 +114,8 @@ class Router(nnx.Module):
             config: of the layer.
             state: arrays [...,*] by name.
             stats: of `Routing`, summed over the global batch of an accepted optimizer step.
-            progress: [] float32 in [0,1], the share of the training's steps that are done.
+            progress: [] float32, the share of the training's steps that are done; 1 + n at the n-th
+                batch after them, which moves nothing but this state.
         """
         return state
 

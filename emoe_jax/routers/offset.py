@@ -43,11 +43,11 @@ Array = jax.Array
 TEMPERATURE = 0.6
 """First value of the learned temperature τ."""
 
-STATISTICS_RATE = 0.01
-"""ρ₀, the rate of running means at the end of training."""
+STATISTICS_RATE = 0.03
+"""ρ₀, the rate of running means at the last step of training."""
 
-OFFSET_RATE = 0.01
-"""η₀, the rate of the offset at the end of training, in steps of Newton's."""
+OFFSET_RATE = 0.05
+"""η₀, the rate of the offset at the last step of training, in steps of Newton's."""
 
 
 class Rates(NamedTuple):
@@ -58,18 +58,23 @@ class Rates(NamedTuple):
 
 
 def rates(updates: Array, progress: Array) -> Rates:
-    """ρ = max(ρ₀ + c/4, 1/(n+1)) and η = max(η₀ + c/5, 0.5/(1 + n/10)), c = (1 + cos π·progress)/2.
+    """ρ = max(ρ₀ + a/4, 1/(n+1)) and η = max(η₀ + a/5, 0.5/(1 + n/10)), a = (1 + cos π·progress)/2.
 
-    The first updates average over all so far; then both follow a cosine, as learning rates do.
+    The first updates average over all so far; then both follow a cosine, as learning rates do. When
+    the weights no longer move, the m-th batch has ρ₀/(1 + ρ₀m) for ρ₀ and η₀/(1 + η₀m) for η₀: a
+    mean over these batches, in which what was before counts as 1/ρ₀ and 1/η₀ batches.
 
     Args:
         updates: n [...] float32, updates so far.
-        progress: [] float32 in [0,1], the share of the training that is done.
+        progress: [] float32, as of `Router.update`; m = progress - 1.
     """
+    after = jnp.maximum(progress - 1.0, 0.0)
     cosine = 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
+    statistics = STATISTICS_RATE / (1.0 + STATISTICS_RATE * after)
+    offset = OFFSET_RATE / (1.0 + OFFSET_RATE * after)
     return Rates(
-        jnp.maximum(STATISTICS_RATE + 0.25 * cosine, 1.0 / (updates + 1.0)),
-        jnp.maximum(OFFSET_RATE + 0.2 * cosine, 0.5 / (1.0 + 0.1 * updates)),
+        jnp.maximum(statistics + 0.25 * cosine, 1.0 / (updates + 1.0)),
+        jnp.maximum(offset + 0.2 * cosine, 0.5 / (1.0 + 0.1 * updates)),
     )
 
 

@@ -63,11 +63,18 @@ def test_rates_average_at_first_and_follow_a_cosine_later():
     assert (float(first.statistics), float(first.offset)) == (1.0, 0.5)
     late = rates(jnp.full((2,), 1e6), END)
     chex.assert_trees_all_close(
-        tuple(late), (jnp.full((2,), 0.01), jnp.full((2,), 0.01)), rtol=1e-5
+        tuple(late), (jnp.full((2,), 0.03), jnp.full((2,), 0.05)), rtol=1e-5
     )
     middle = rates(jnp.float32(1e6), jnp.float32(0.5))
-    assert float(middle.statistics) == pytest.approx(0.01 + 0.125)
-    assert float(middle.offset) == pytest.approx(0.01 + 0.1)
+    assert float(middle.statistics) == pytest.approx(0.03 + 0.125)
+    assert float(middle.offset) == pytest.approx(0.05 + 0.1)
+
+
+def test_rates_after_training_weigh_each_batch_alike():
+    # With what was before as 1/0.05 = 20 batches, the fifth of these is a 25th of the mean.
+    fifth = rates(jnp.float32(1e6), jnp.float32(1 + 5))
+    assert float(fifth.offset) == pytest.approx(1 / 25)
+    assert float(fifth.statistics) == pytest.approx(1 / (1 / 0.03 + 5))
 
 
 def test_the_offset_falls_for_the_busy_and_rises_for_the_idle():

@@ -4,6 +4,7 @@ import shutil
 
 import chex
 import jax
+import numpy as np
 import pytest
 
 from emoe_jax import sharding
@@ -26,11 +27,19 @@ def router_of(state):
     return state["router"]["blocks"]["groups"]["0"]["moe"]["router"]
 
 
-def calibrated(folder, **changes):
+def begun(folder, **changes):
     run = build(freeze(lm_tree(write_corpus(folder / "corpus"), **changes)), folder)
-    before = run.init()
+    size = run.config.batch
+    batches = run.data.train_iterator(size, seed=0, rows=run.rows(size))
+    forward = loop._compile_forward(run, next(batches))
+    batches.close()
+    return run, forward, run.init()
+
+
+def calibrated(folder, **changes):
+    run, forward, before = begun(folder, **changes)
     kept = jax.device_get(before["router"])
-    return kept, jax.device_get(loop._calibrate(run, before)["router"])
+    return kept, jax.device_get(loop._calibrate(run, forward, before)["router"])
 
 
 def test_calibration_fills_the_state(tmp_path, one_device):
@@ -57,11 +66,42 @@ def test_otherwise_it_stays(tmp_path, one_device, changes):
 def test_a_negative_number_is_refused():
     with pytest.raises(ValueError, match="calibrate=-1 is below zero"):
         freeze(lm_tree(calibrate=-1))
+    with pytest.raises(ValueError, match="settle=-2 is below -1"):
+        freeze(lm_tree(settle=-2))
+
+
+def test_settling_follows_the_steps_up_to_a_hundred():
+    steps = {9: 0, 10: 1, 400: 40, 5000: 100}
+    assert {n: freeze(lm_tree(steps=n)).settling for n in steps} == steps
+    assert freeze(lm_tree(steps=9, settle=7)).settling == 7
+
+
+def test_settling_moves_the_routers_state_and_nothing_else(tmp_path, one_device):
+    run, forward, state = begun(tmp_path, moe=WHITENED, calibrate=0, settle=3)
+    kept = jax.device_get(state)
+    after = jax.device_get(loop._settle(run, forward, state))
+    router = router_of(after)
+    assert router["updates"].tolist() == [3.0, 3.0]
+    assert router["offset"].any()
+    unmoved = {name: leaf for name, leaf in after.items() if name != "router"}
+    chex.assert_trees_all_equal(unmoved, {name: kept[name] for name in unmoved})
+
+
+def test_the_last_checkpoint_holds_the_settled_state(tmp_path, one_device):
+    source = write_corpus(tmp_path / "corpus")
+    offsets = []
+    for settle in (0, 2):
+        workdir = tmp_path / str(settle)
+        train(lm_tree(source, moe=WHITENED, steps=2, eval_every=2, settle=settle), workdir)
+        _, state, _ = load_trained(workdir, {})
+        offsets.append(router_of(state))
+    assert offsets[1]["updates"][0] == offsets[0]["updates"][0] + 2
+    assert not np.array_equal(offsets[0]["offset"], offsets[1]["offset"])
 
 
 def test_a_resumed_run_has_the_same_state(tmp_path, one_device):
     source = write_corpus(tmp_path / "corpus")
-    tree = lm_tree(source, moe=WHITENED, steps=4, eval_every=4, checkpoint={"every": 2})
+    tree = lm_tree(source, moe=WHITENED, steps=4, eval_every=4, settle=1, checkpoint={"every": 2})
     ended = []
     for name in ("whole", "resumed"):
         workdir = tmp_path / name
@@ -73,5 +113,5 @@ def test_a_resumed_run_has_the_same_state(tmp_path, one_device):
         losses = [row["train/loss"] for row in read_metrics(workdir) if "train/loss" in row]
         ended.append((step, losses, jax.device_get(state)))
     chex.assert_trees_all_equal(*ended)
-    # Calibrated once, not again by the resumed run: ten batches and four steps.
-    assert router_of(ended[1][2])["updates"].tolist() == [14.0, 14.0]
+    # Calibrated once, not again by the resumed run: ten batches, four steps, one to settle.
+    assert router_of(ended[1][2])["updates"].tolist() == [15.0, 15.0]
