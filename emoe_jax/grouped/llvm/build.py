@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import platform
+import threading
 
 import jax
 from llvmlite import binding, ir
@@ -16,50 +17,54 @@ from emoe_jax.grouped.products import Product
 _HANDLER = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
 
 
-@functools.cache
+_LOCK = threading.Lock()
+
+
 def register(product: Product) -> str:
-    """The name under which XLA knows a product."""
-    name = _name(product)
-    handler = _HANDLER(_engine().get_function_address(name))
-    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
-    return name
+    """The name under which XLA knows a product, from any thread."""
+    with _LOCK:
+        _register_all()
+    return _name(product)
+
+
+@functools.cache
+def _register_all() -> binding.ExecutionEngine:
+    """Compiles all handlers; they live as long as what is returned, which is the process's life."""
+    engine = compile_module(write_module())
+    for product in Product:
+        handler = _HANDLER(engine.get_function_address(_name(product)))
+        jax.ffi.register_ffi_target(_name(product), jax.ffi.pycapsule(handler), platform="cpu")
+    return engine
 
 
 def _name(product: Product) -> str:
     return f"emoe_grouped_{product.value}"
 
 
-@functools.cache
-def _engine() -> binding.ExecutionEngine:
-    """All handlers, compiled for this processor."""
+def compile_module(module: ir.Module) -> binding.ExecutionEngine:
+    """Compiles for this processor; functions live as long as the engine that is returned."""
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
-    machine = _machine()
-    module = binding.parse_assembly(str(write_module(machine.triple)))
-    module.verify()
-    options = binding.create_pipeline_tuning_options(speed_level=2)
-    binding.create_pass_builder(machine, options).getModulePassManager().run(
-        module, binding.create_pass_builder(machine, options)
-    )
-    engine = binding.create_mcjit_compiler(module, machine)
-    engine.finalize_object()
-    return engine
-
-
-def _machine() -> binding.TargetMachine:
-    target = binding.Target.from_default_triple()
-    return target.create_target_machine(
+    machine = binding.Target.from_default_triple().create_target_machine(
         cpu=binding.get_host_cpu_name(),
         features=binding.get_host_cpu_features().flatten(),
         opt=3,
         jit=True,
     )
+    module.triple = machine.triple
+    compiled = binding.parse_assembly(str(module))
+    compiled.verify()
+    options = binding.create_pipeline_tuning_options(speed_level=2)
+    passes = binding.create_pass_builder(machine, options)
+    passes.getModulePassManager().run(compiled, passes)
+    engine = binding.create_mcjit_compiler(compiled, machine)
+    engine.finalize_object()
+    return engine
 
 
-def write_module(triple: str) -> ir.Module:
+def write_module() -> ir.Module:
     """All handlers in LLVM IR."""
     module = ir.Module("emoe_grouped")
-    module.triple = triple
     tile = tile_for(dict(binding.get_host_cpu_features()), platform.machine())
     runtime = declare_runtime(module, write_block(module, tile))
     for product in Product:

@@ -41,13 +41,9 @@ class Code:
         name: str,
         arguments: Sequence[ir.Type],
         returns: ir.Type = VOID,
-        *,
-        inline: str = "",
     ) -> None:
-        """Begins a function; `inline` is "alwaysinline", "noinline" or "" for LLVM to decide."""
+        """Begins a function."""
         self.function = ir.Function(module, ir.FunctionType(returns, list(arguments)), name)
-        if inline:
-            self.function.attributes.add(inline)
         self._entry = self.function.append_basic_block("entry")
         self.builder = ir.IRBuilder(self._entry)
 

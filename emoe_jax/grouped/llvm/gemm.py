@@ -153,7 +153,7 @@ def _write_kernel(module: ir.Module, tile: Tile) -> ir.Function:
     What `ahead` points to is fetched meanwhile, `_AHEAD` numbers for each k.
     """
     arguments = [I64, POINTER, POINTER, POINTER, I64, I1, POINTER]
-    code = Code(module, "kernel", arguments, inline="noinline")
+    code = Code(module, "kernel", arguments)
     depth, a, b, c, ldc, more, ahead = code.args
     vector = ir.VectorType(F32, tile.lanes)
     cells = [(i, v) for i in range(tile.rows) for v in range(tile.vectors)]
@@ -190,7 +190,7 @@ def _write_kernel(module: ir.Module, tile: Tile) -> ir.Function:
 
 def _write_edge(module: ir.Module, tile: Tile) -> ir.Function:
     """edge(corner, c, ldc, rows, columns, more): the part of a whole tile that C has room for."""
-    code = Code(module, "edge", [POINTER, POINTER, I64, I64, I64, I1], inline="noinline")
+    code = Code(module, "edge", [POINTER, POINTER, I64, I64, I64, I1])
     corner, c, ldc, rows, columns, more = code.args
     with code.loop(rows) as i, code.loop(columns) as j:
         place = code.at(c, (i, ldc), j)
@@ -210,7 +210,7 @@ def _write_pack(module: ir.Module, name: str, width: int, room: int) -> ir.Funct
     Panel p holds i from p·width on, number (k, i) at k·width + i; zeros where i passes `count`. A
     panel has room for `room` k. One of the strides is 1.
     """
-    code = Code(module, name, [POINTER, I64, I64, I64, I64, POINTER], inline="noinline")
+    code = Code(module, name, [POINTER, I64, I64, I64, I64, POINTER])
     source, outer, inner, count, depth, panels = code.args
     builder = code.builder
     whole = builder.mul(builder.sdiv(count, integer(width)), integer(width))
