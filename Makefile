@@ -24,7 +24,7 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck launch/*.sh launch/*.sbatch .ci/run
+	$(BIN)/shellcheck launch/*.sh launch/*.sbatch docs/studies/*.sh .ci/run
 
 clean:
 	rm -rf $(VENV) build *.egg-info
