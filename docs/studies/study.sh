@@ -47,7 +47,10 @@ for cell in "${cells[@]}"; do
       hidden=192
       ;;
     sotu) flags=(--config=configs/lm_sotu.py "${text[@]}") hidden=256 ;;
-    bytes) flags=(--config=configs/lm_sotu.py "${text[@]}" --config.data.tokenizer=bytes) hidden=256 ;;
+    bytes) flags=(--config=configs/lm_sotu.py "${text[@]}" --config.data.tokenizer=bytes
+        --config.data.vocab_size=258)
+      hidden=256
+      ;;
     shakespeare) flags=(--config=configs/lm_shakespeare.py "${text[@]}") hidden=256 ;;
     *) echo "$cell: the task is fashion, sotu, bytes or shakespeare" >&2 && exit 2 ;;
   esac
