@@ -27,11 +27,9 @@ from emoe_jax.dispatch.exchange import choose_exchange
 from emoe_jax.dispatch.selfcheck import check_exchange
 from emoe_jax.grouped import resolve_backend
 from emoe_jax.optim import partition
-from emoe_jax.routers import router_class
 from emoe_jax.sharding import replicated
 from train import cluster, sample
 from train.config import ExperimentConfig, changed_keys, digest, freeze, merged, to_json
-from train.data.shards import derive_seed
 from train.data.text import TextData
 from train.evaluate import (
     Evaluator,
@@ -45,6 +43,7 @@ from train.flops import active_parameters
 from train.initial import check_frozen, initial_params, place_params
 from train.logs import RunLog
 from train.run import CONFIG_FILE, Run, build, open_checkpoints, read_config
+from train.settle import calibrate, compile_forward, settle
 from train.telemetry import Meter
 
 Tree = Any
@@ -53,9 +52,6 @@ LOGGER = logging.getLogger(__name__)
 
 PROFILE = "profile"
 """Folder of the trace in the run's folder."""
-
-CALIBRATION, SETTLING = 0xCA11, 0x5E77
-"""What tells the seeds of the batches before and after training from that of training's."""
 
 PROFILE_AFTER = 10
 """Steps before the profile begins, so that it shows the steady state."""
@@ -93,13 +89,11 @@ def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[Scalars,
         batches = run.data.train_iterator(
             config.batch, seed=config.seed, rows=run.rows(config.batch)
         )
-        position = batches.get_state()
-        example = next(batches)
-        batches.set_state(position)
+        example = _example(batches)
         resumed = checkpoints.latest_step()
-        forward = None if resumed == config.steps else _compile_forward(run, example)
+        forward = None if resumed == config.steps else compile_forward(run, example)
         if resumed is None:
-            state = _calibrate(run, forward, _start(run))
+            state = calibrate(run, forward, _start(run))
         else:
             state = _resume(run, checkpoints, resumed, batches)
         _write_config(tree, workdir)
@@ -115,10 +109,9 @@ def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[Scalars,
                 resume_step=resumed,
                 enabled=cluster.is_first(),
             )
-            with log, _Compilations() as compilations:
-                parts = _Parts(
-                    run, batches, compiled, forward, evaluator, checkpoints, log, compilations
-                )
+            with log, _Compilations() as counter:
+                passes = compiled, forward, evaluator
+                parts = _Parts(run, batches, *passes, checkpoints, log, counter)
                 state, result = _steps(parts, state, resumed or 0)
         batches.close()
     scalars, rows = result or evaluate(run, evaluator, state)
@@ -133,6 +126,14 @@ def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[Scalars,
             print(f"\nA continuation of {config.prompt!r}:\n{config.prompt}{text}\n")
         print(f"run folder: {workdir}")
     return scalars, rows
+
+
+def _example(batches: Any) -> dict[str, np.ndarray]:
+    """The next batch, which stays the next."""
+    position = batches.get_state()
+    batch: dict[str, np.ndarray] = next(batches)
+    batches.set_state(position)
+    return batch
 
 
 def _describe(run: Run) -> None:
@@ -217,53 +218,6 @@ def _start(run: Run) -> Tree:
     LOGGER.info("%s parameters start from %s", f"{_count(taken):,}", run.config.init_from)
     state = cluster.compile_together(run.init.lower())()
     return state | {"params": place_params(state["params"], taken)}
-
-
-def _compile_forward(run: Run, example: dict[str, np.ndarray]) -> Any:
-    """A pass that moves the routers' running state alone; None where it is not wanted."""
-    config = run.config
-    calibrated = _calibrates(config) and config.calibrate > 0
-    if not run.abstract["router"] or not (calibrated or config.settling > 0):
-        return None
-    places = jax.tree.map(lambda leaf: leaf.sharding, run.abstract["router"])
-    step = jax.jit(run.steps.calibrate, out_shardings=places, donate_argnums=1)
-    batch, key = run.abstract_batch(example, config.batch), jax.eval_shape(run.key)
-    given = run.abstract["params"], run.abstract["router"], batch, key, np.float32(0)
-    return cluster.compile_together(step.lower(*given))
-
-
-def _calibrates(config: ExperimentConfig) -> bool:
-    return router_class(config.model.moe.router).CALIBRATES
-
-
-def _calibrate(run: Run, forward: Any, state: Tree) -> Tree:
-    """The state whose routers have seen a few batches, where that is of use to them.
-
-    The batches are drawn with a seed of their own: no step routes by statistics of its own batch.
-    """
-    if forward is None or not _calibrates(run.config):
-        return state
-    return _pass_forward(run, forward, state, CALIBRATION, np.zeros(run.config.calibrate))
-
-
-def _settle(run: Run, forward: Any, state: Tree) -> Tree:
-    """The state whose routers have come to rest: weights no longer move, so noise averages out."""
-    if forward is None:
-        return state
-    return _pass_forward(run, forward, state, SETTLING, 2.0 + np.arange(run.config.settling))
-
-
-def _pass_forward(run: Run, forward: Any, state: Tree, purpose: int, progress: np.ndarray) -> Tree:
-    """Passes batches of a seed of their own forward, one for each `progress` of an update [N]."""
-    config = run.config
-    seed = derive_seed(config.seed, purpose)
-    batches = run.data.train_iterator(config.batch, seed=seed, rows=run.rows(config.batch))
-    for number, share in enumerate(progress):
-        batch = run.to_devices(next(batches), config.batch)
-        given = state["params"], state["router"], batch, jax.random.fold_in(run.key(), number)
-        state = state | {"router": forward(*given, np.float32(share))}
-    batches.close()
-    return state
 
 
 def _resume(run: Run, checkpoints: Checkpoints, step: int, batches: Any) -> Tree:
@@ -387,7 +341,7 @@ def _steps(parts: _Parts, state: Tree, start: int) -> tuple[Tree, Any]:
         if step % config.eval_every == 0 or last:
             jax.block_until_ready(state)
             with meter.left_out():
-                state = _settle(run, parts.forward, state) if last else state
+                state = settle(run, parts.forward, state) if last else state
                 result = evaluate(run, parts.evaluator, state)
             measured = result[0]
             log.write(step, measured)

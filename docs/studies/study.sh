@@ -56,9 +56,9 @@ for cell in "${cells[@]}"; do
   esac
   # As much is active in either shape: one expert of F, or two of F/2.
   case $shape in
-    e8) flags+=(--config.moe.experts=8 --config.moe.top_k=1 --config.moe.hidden=$hidden) ;;
+    e8) flags+=(--config.moe.experts=8 --config.moe.top_k=1 "--config.moe.hidden=$hidden") ;;
     e32)
-      flags+=(--config.moe.experts=32 --config.moe.top_k=2 --config.moe.hidden=$((hidden / 2)))
+      flags+=(--config.moe.experts=32 --config.moe.top_k=2 "--config.moe.hidden=$((hidden / 2))")
       names=$names,$controls
       ;;
     *) echo "$cell: the shape is e8 or e32" >&2 && exit 2 ;;

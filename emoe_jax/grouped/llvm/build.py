@@ -11,7 +11,7 @@ import jax
 from llvmlite import binding, ir
 
 from emoe_jax.grouped.llvm.gemm import tile_for, write_block
-from emoe_jax.grouped.llvm.handler import declare_runtime, write_handler
+from emoe_jax.grouped.llvm.handler import declare_kernel, write_handler
 from emoe_jax.grouped.products import Product
 
 _HANDLER = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
@@ -66,7 +66,7 @@ def write_module() -> ir.Module:
     """All handlers in LLVM IR."""
     module = ir.Module("emoe_grouped")
     tile = tile_for(dict(binding.get_host_cpu_features()), platform.machine())
-    runtime = declare_runtime(module, write_block(module, tile))
+    block = write_block(module, tile)
     for product in Product:
-        write_handler(module, runtime, tile, product, _name(product))
+        write_handler(declare_kernel(module, _name(product), product, tile, block))
     return module

@@ -9,7 +9,7 @@ import pytest
 
 from emoe_jax import sharding
 from tests.train.tiny import lm_tree, mesh_of_one, write_corpus
-from train import loop
+from train import settle
 from train.config import freeze
 from train.logs import read_metrics
 from train.loop import train
@@ -31,7 +31,7 @@ def begun(folder, **changes):
     run = build(freeze(lm_tree(write_corpus(folder / "corpus"), **changes)), folder)
     size = run.config.batch
     batches = run.data.train_iterator(size, seed=0, rows=run.rows(size))
-    forward = loop._compile_forward(run, next(batches))
+    forward = settle.compile_forward(run, next(batches))
     batches.close()
     return run, forward, run.init()
 
@@ -39,7 +39,7 @@ def begun(folder, **changes):
 def calibrated(folder, **changes):
     run, forward, before = begun(folder, **changes)
     kept = jax.device_get(before["router"])
-    return kept, jax.device_get(loop._calibrate(run, forward, before)["router"])
+    return kept, jax.device_get(settle.calibrate(run, forward, before)["router"])
 
 
 def test_calibration_fills_the_state(tmp_path, one_device):
@@ -79,7 +79,7 @@ def test_settling_follows_the_steps_up_to_a_hundred():
 def test_settling_moves_the_routers_state_and_nothing_else(tmp_path, one_device):
     run, forward, state = begun(tmp_path, moe=WHITENED, calibrate=0, settle=3)
     kept = jax.device_get(state)
-    after = jax.device_get(loop._settle(run, forward, state))
+    after = jax.device_get(settle.settle(run, forward, state))
     router = router_of(after)
     assert router["updates"].tolist() == [3.0, 3.0]
     assert router["offset"].any()
@@ -90,9 +90,9 @@ def test_settling_moves_the_routers_state_and_nothing_else(tmp_path, one_device)
 def test_the_last_checkpoint_holds_the_settled_state(tmp_path, one_device):
     source = write_corpus(tmp_path / "corpus")
     offsets = []
-    for settle in (0, 2):
-        workdir = tmp_path / str(settle)
-        train(lm_tree(source, moe=WHITENED, steps=2, eval_every=2, settle=settle), workdir)
+    for count in (0, 2):
+        workdir = tmp_path / str(count)
+        train(lm_tree(source, moe=WHITENED, steps=2, eval_every=2, settle=count), workdir)
         _, state, _ = load_trained(workdir, {})
         offsets.append(router_of(state))
     assert offsets[1]["updates"][0] == offsets[0]["updates"][0] + 2
