@@ -88,8 +88,8 @@ class ExperimentConfig:
         accumulate: microbatches into which a batch is split.
         calibrate: batches, drawn for this alone, that pass forward before the first step, so that
             routers with running statistics begin with some.
-        settle: batches, likewise, that pass forward after the last step, so that the routers'
-            running state comes to rest; -1 is a tenth of the steps, at most 100.
+        settle: batches, likewise, that pass forward after the last step, so that these statistics
+            and the routers' offsets come to rest; -1 is a tenth of the steps, at most 100.
         log_every: steps between lines of metrics.
         eval_every: steps between evaluations on held-out data; the last step always has one.
         profile: steps of which an xprof trace is written, 0 for none.

@@ -15,23 +15,23 @@ import sys
 # glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 
-_ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")
+_ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/dxg", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")
 
 
-def keep_memory() -> bool:
-    """Makes glibc keep what is freed, in one heap; whether it did.
+def keep_memory() -> None:
+    """Makes glibc keep what is freed, in one heap: the process stays as large as it ever was.
 
     Left alone where an accelerator is attached, whose host has other uses for its memory, where
-    the user has set one of glibc's own MALLOC_ variables, and where there is no glibc.
+    the user has set one of glibc's own variables, and where there is no glibc.
     """
-    if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
-        return False
-    if any(glob.glob(pattern) for pattern in _ACCELERATORS):
-        return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except AttributeError:
-        return False
-    # No request is mapped; what is free at the heap's end stays; other threads use the same heap.
-    taken = [mallopt(_MMAP_MAX, 0), mallopt(_TRIM_THRESHOLD, -1), mallopt(_ARENA_MAX, 1)]
-    return all(taken)
+    tuned = any(name.startswith("MALLOC_") for name in os.environ)
+    tuned = tuned or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    attached = any(glob.glob(pattern) for pattern in _ACCELERATORS)
+    if sys.platform != "linux" or tuned or attached:
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return
+    mallopt(_MMAP_MAX, 0)  # no request is mapped
+    mallopt(_TRIM_THRESHOLD, -1)  # what is free at the heap's end stays
+    mallopt(_ARENA_MAX, 1)  # all threads use that heap

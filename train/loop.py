@@ -91,7 +91,9 @@ def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[Scalars,
         )
         example = _example(batches)
         resumed = checkpoints.latest_step()
-        forward = None if resumed == config.steps else compile_forward(run, example)
+        forward = None
+        if resumed != config.steps:
+            forward = compile_forward(run, example, resumed=resumed is not None)
         if resumed is None:
             state = calibrate(run, forward, _start(run))
         else:

@@ -9,7 +9,6 @@ import numpy as np
 
 from emoe_jax.routers import router_class
 from train import cluster
-from train.config import ExperimentConfig
 from train.data.shards import derive_seed
 from train.run import Run
 
@@ -19,19 +18,22 @@ CALIBRATION, SETTLING = 0xCA11, 0x5E77
 """What tells the seeds of the batches before and after training from that of training's."""
 
 
-def compile_forward(run: Run, example: dict[str, np.ndarray]) -> Any:
+def compile_forward(run: Run, example: dict[str, np.ndarray], *, resumed: bool) -> Any:
     """Compiles the pass that moves the routers' running state alone.
 
     Args:
         run: the run.
         example: a batch of training, for its shapes.
+        resumed: whether the run goes on from a checkpoint, and so is calibrated already.
 
     Returns:
-        What `calibrate` and `settle` take; None where the run wants neither.
+        What `calibrate` and `settle` take; None where there is nothing to do for them.
     """
     config = run.config
-    calibrated = _calibrates(config) and config.calibrate > 0
-    if not run.abstract["router"] or not (calibrated or config.settling > 0):
+    wanted = config.settling > 0 or (config.calibrate > 0 and not resumed)
+    if not (wanted and router_class(config.model.moe.router).CALIBRATES):
+        return None
+    if not run.abstract["router"]:
         return None
     places = jax.tree.map(lambda leaf: leaf.sharding, run.abstract["router"])
     step = jax.jit(run.steps.calibrate, out_shardings=places, donate_argnums=1)
@@ -40,29 +42,23 @@ def compile_forward(run: Run, example: dict[str, np.ndarray]) -> Any:
     return cluster.compile_together(step.lower(*given))
 
 
-def _calibrates(config: ExperimentConfig) -> bool:
-    return router_class(config.model.moe.router).CALIBRATES
-
-
 def calibrate(run: Run, forward: Any, state: Tree) -> Tree:
     """The state whose routers have seen a few batches, where that is of use to them.
 
     The batches are drawn with a seed of their own: no step routes by statistics of its own batch.
     """
-    if forward is None or not _calibrates(run.config):
-        return state
     return _pass_forward(run, forward, state, CALIBRATION, np.zeros(run.config.calibrate))
 
 
 def settle(run: Run, forward: Any, state: Tree) -> Tree:
     """The state whose routers have come to rest: weights no longer move, so noise averages out."""
-    if forward is None:
-        return state
     return _pass_forward(run, forward, state, SETTLING, 2.0 + np.arange(run.config.settling))
 
 
 def _pass_forward(run: Run, forward: Any, state: Tree, purpose: int, progress: np.ndarray) -> Tree:
     """Passes batches of a seed of their own forward, one for each `progress` of an update [N]."""
+    if forward is None:
+        return state
     config = run.config
     seed = derive_seed(config.seed, purpose)
     batches = run.data.train_iterator(config.batch, seed=seed, rows=run.rows(config.batch))

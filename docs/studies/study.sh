@@ -6,18 +6,25 @@
 #
 # FOLDER takes the runs; CELL is TASK_SHAPE, such as fashion_e32, and all of them if none is named.
 set -euo pipefail
-cd "$(dirname "$0")/../.."
 
 if [ $# -eq 0 ]; then
-  sed -n '2,8p' "$0" | cut -c3- >&2
+  sed -n '2,7p' "$0" | cut -c3- >&2
   exit 2
 fi
-folder=$1
+folder=$(realpath -m "$1")
 shift
+cd "$(dirname "$(realpath "$0")")/../.."
 cells=("$@")
 if [ ${#cells[@]} -eq 0 ]; then
   cells=({fashion,sotu,bytes,shakespeare}_e32 {fashion,sotu,bytes,shakespeare}_e8)
 fi
+
+for cell in "${cells[@]}"; do
+  if ! [[ $cell =~ ^(fashion|sotu|bytes|shakespeare)_(e8|e32)$ ]]; then
+    echo "$cell: a cell is fashion, sotu, bytes or shakespeare, _, and e8 or e32" >&2
+    exit 2
+  fi
+done
 
 seeds=5
 short=(--config.steps=300 --config.optim.warmup=30 --config.eval_every=150 --config.settle=100
@@ -52,7 +59,6 @@ for cell in "${cells[@]}"; do
       hidden=256
       ;;
     shakespeare) flags=(--config=configs/lm_shakespeare.py "${text[@]}") hidden=256 ;;
-    *) echo "$cell: the task is fashion, sotu, bytes or shakespeare" >&2 && exit 2 ;;
   esac
   # As much is active in either shape: one expert of F, or two of F/2.
   case $shape in
@@ -61,7 +67,6 @@ for cell in "${cells[@]}"; do
       flags+=(--config.moe.experts=32 --config.moe.top_k=2 "--config.moe.hidden=$((hidden / 2))")
       names=$names,$controls
       ;;
-    *) echo "$cell: the shape is e8 or e32" >&2 && exit 2 ;;
   esac
   compare "$cell" "$names" "${flags[@]}"
 done

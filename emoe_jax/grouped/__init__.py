@@ -51,7 +51,12 @@ def resolve_backend(name: str, platform: str | None = None) -> str:
 
 
 def _on_cpu() -> str:
-    return "loops" if native.missing() else "native"
+    """What "auto" is where a program is lowered for CPU.
+
+    All branches are traced, also those that are not lowered, and to trace "native" compiles it: in
+    a process that computes elsewhere it is not worth that.
+    """
+    return "native" if jax.default_backend() == "cpu" and not native.missing() else "loops"
 
 
 def grouped_matmul(rows: Array, weights: Array, sizes: Array, *, backend: str = "auto") -> Array:
@@ -71,7 +76,8 @@ def grouped_matmul(rows: Array, weights: Array, sizes: Array, *, backend: str = 
     for one, "native" exists on CPU only. "native" computes in float32, low precision too.
 
     Differentiable in rows and weights (reverse mode), usable under jit, scan, checkpoint and
-    shard_map; not under vmap with an efficient result, and not in forward mode.
+    shard_map. Under vmap take "native" or "loops", which go through the mapped axis one by one, and
+    for `jax.export` on CPU "loops", as programs with calls into this process cannot be kept.
 
     Args:
         rows: [M,D], sorted by group.

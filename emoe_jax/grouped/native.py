@@ -8,7 +8,7 @@ rows and matrices where they are. They need the package llvmlite (the extra `cpu
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib.metadata
 import os
 import platform
 import struct
@@ -23,11 +23,19 @@ from emoe_jax.grouped.products import Product
 Array = jax.Array
 
 
+LLVMLITE = (0, 46)
+"""The oldest version that will do."""
+
+
 @functools.cache
 def missing() -> str:
     """Why there are no native products on this machine; "" where there are."""
-    if importlib.util.find_spec("llvmlite") is None:
+    try:
+        version = importlib.metadata.version("llvmlite")
+    except importlib.metadata.PackageNotFoundError:
         return "the package llvmlite is missing; pip install 'emoe_jax[cpu]'"
+    if tuple(map(int, version.split(".")[:2])) < LLVMLITE:
+        return f"llvmlite {version} is too old; pip install 'emoe_jax[cpu]'"
     if os.name != "posix":
         return f"they need a POSIX system, not {os.name!r}"
     if struct.calcsize("P") != 8 or sys.byteorder != "little":
@@ -38,8 +46,9 @@ def missing() -> str:
 def multiply(product: Product, left: Array, right: Array, sizes: Array) -> Array:
     """A grouped product; arguments and result as those of `loops.multiply`.
 
-    It is computed in float32, whatever the operands' dtype; float64 is no operand's. Only where
-    `missing()` is "", and in programs that are compiled for CPU.
+    It is computed in float32, to which operands of lower precision are converted whole, [E,D,F]
+    too; float64 is no operand's. Only where `missing()` is "", and in programs that are compiled
+    for CPU.
     """
     from emoe_jax.grouped.llvm.build import register
 

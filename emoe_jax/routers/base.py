@@ -97,7 +97,7 @@ class Router(nnx.Module):
     """Names of the `RouterConfig` options that this router reads."""
 
     CALIBRATES: ClassVar[bool] = False
-    """Whether a few batches before training, for which nothing is trained, improve its state."""
+    """Whether passes forward before and after training, which train nothing, improve its state."""
 
     CAUSAL: ClassVar[bool] = True
     """Whether the route of a token depends on no later token of its sequence."""

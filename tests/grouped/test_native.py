@@ -1,6 +1,6 @@
 """Products compiled for the processor, across the edges of their blocks, against numpy."""
 
-import importlib.util
+import importlib.metadata
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -84,12 +84,17 @@ def test_many_threads_at_once():
                 np.testing.assert_allclose(got, exact[product], rtol=0, atol=1e-3)
 
 
-def test_without_llvmlite_auto_takes_the_loops(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+def absent(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+
+
+@pytest.mark.parametrize("version", [absent, lambda name: "0.43.0"], ids=["absent", "old"])
+def test_without_llvmlite_auto_takes_the_loops(monkeypatch, version):
+    monkeypatch.setattr(importlib.metadata, "version", version)
     native.missing.cache_clear()
     try:
         assert resolve_backend("auto", "cpu") == "loops"
-        with pytest.raises(ValueError, match=r"pip install 'emoe_jax\[cpu\]'"):
+        with pytest.raises(ValueError, match=r"llvmlite.*pip install 'emoe_jax\[cpu\]'"):
             resolve_backend("native")
         rows, weights, _ = operands(4, 2, 3, 5)
         out = grouped_matmul(jnp.asarray(rows), jnp.asarray(weights), jnp.array([1, 3], jnp.int32))
@@ -97,6 +102,15 @@ def test_without_llvmlite_auto_takes_the_loops(monkeypatch):
         np.testing.assert_allclose(out[1:], rows[1:] @ weights[1], rtol=1e-5)
     finally:
         native.missing.cache_clear()
+
+
+def test_under_vmap():
+    rows, weights, _ = operands(6, 2, 3, 5)
+    sizes = jnp.array([[2, 4], [6, 0]], jnp.int32)
+    product = partial(grouped_matmul, jnp.asarray(rows), jnp.asarray(weights), backend="native")
+    got = jax.vmap(product)(sizes)
+    for out, size in zip(got, sizes, strict=True):
+        np.testing.assert_allclose(out, product(size), rtol=1e-6)
 
 
 def test_float64_is_refused_and_auto_takes_the_loops():

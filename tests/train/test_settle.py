@@ -31,7 +31,7 @@ def begun(folder, **changes):
     run = build(freeze(lm_tree(write_corpus(folder / "corpus"), **changes)), folder)
     size = run.config.batch
     batches = run.data.train_iterator(size, seed=0, rows=run.rows(size))
-    forward = settle.compile_forward(run, next(batches))
+    forward = settle.compile_forward(run, next(batches), resumed=False)
     batches.close()
     return run, forward, run.init()
 
@@ -79,7 +79,15 @@ def test_settling_follows_the_steps_up_to_a_hundred():
 def test_settling_moves_the_routers_state_and_nothing_else(tmp_path, one_device):
     run, forward, state = begun(tmp_path, moe=WHITENED, calibrate=0, settle=3)
     kept = jax.device_get(state)
-    after = jax.device_get(settle.settle(run, forward, state))
+    progress = []
+
+    def spied(*given):
+        progress.append(float(given[-1]))
+        return forward(*given)
+
+    after = jax.device_get(settle.settle(run, spied, state))
+    # One more than the number of batches since the last step.
+    assert progress == [2.0, 3.0, 4.0]
     router = router_of(after)
     assert router["updates"].tolist() == [3.0, 3.0]
     assert router["offset"].any()
@@ -87,12 +95,27 @@ def test_settling_moves_the_routers_state_and_nothing_else(tmp_path, one_device)
     chex.assert_trees_all_equal(unmoved, {name: kept[name] for name in unmoved})
 
 
+@pytest.mark.parametrize(
+    ("changes", "resumed"),
+    [
+        pytest.param({"moe": {"router": "loss_free"}}, False, id="no statistics"),
+        pytest.param({"moe": WHITENED, "settle": 0}, True, id="calibrated already"),
+        pytest.param({"moe": WHITENED, "settle": 0, "calibrate": 0}, False, id="neither"),
+    ],
+)
+def test_nothing_is_compiled_for_nothing(tmp_path, one_device, changes, resumed):
+    run = build(freeze(lm_tree(write_corpus(tmp_path / "corpus"), **changes)), tmp_path)
+    assert settle.compile_forward(run, {}, resumed=resumed) is None
+
+
 def test_the_last_checkpoint_holds_the_settled_state(tmp_path, one_device):
     source = write_corpus(tmp_path / "corpus")
     offsets = []
     for count in (0, 2):
         workdir = tmp_path / str(count)
-        train(lm_tree(source, moe=WHITENED, steps=2, eval_every=2, settle=count), workdir)
+        tree = lm_tree(source, moe=WHITENED, steps=2, eval_every=2, settle=count)
+        for _ in range(2):  # a run that is done does not settle again
+            train(tree, workdir)
         _, state, _ = load_trained(workdir, {})
         offsets.append(router_of(state))
     assert offsets[1]["updates"][0] == offsets[0]["updates"][0] + 2

@@ -28,13 +28,14 @@ def register(product: Product) -> str:
 
 
 @functools.cache
-def _register_all() -> binding.ExecutionEngine:
-    """Compiles all handlers; they live as long as what is returned, which is the process's life."""
+def _register_all() -> None:
+    """Compiles all handlers. XLA keeps their addresses, so they are never freed."""
     engine = compile_module(write_module())
-    for product in Product:
-        handler = _HANDLER(engine.get_function_address(_name(product)))
+    addresses = {product: engine.get_function_address(_name(product)) for product in Product}
+    engine.detach()
+    for product, address in addresses.items():
+        handler = _HANDLER(address)
         jax.ffi.register_ffi_target(_name(product), jax.ffi.pycapsule(handler), platform="cpu")
-    return engine
 
 
 def _name(product: Product) -> str:
@@ -51,7 +52,7 @@ def compile_module(module: ir.Module) -> binding.ExecutionEngine:
         opt=3,
         jit=True,
     )
-    module.triple = machine.triple
+    module.triple, module.data_layout = machine.triple, str(machine.target_data)
     compiled = binding.parse_assembly(str(module))
     compiled.verify()
     options = binding.create_pipeline_tuning_options(speed_level=2)

@@ -27,7 +27,8 @@ _ARGS_VALUES = 4
 _BUFFER = ir.LiteralStructType([*_HEAD, I32, POINTER, I64, POINTER])
 _BUFFER_DATA, _BUFFER_SHAPE = 3, 5
 _EXTENSION = ir.LiteralStructType([I64, I32, POINTER, POINTER])
-_EXTENSION_METADATA = 3
+_EXTENSION_KIND, _EXTENSION_METADATA = 1, 3
+_METADATA_KIND = 1
 _METADATA = ir.LiteralStructType([I64, _VERSION, I32, I64])
 _METADATA_VERSION, _METADATA_TRAITS = 1, 2
 _VERSION_MAJOR, _VERSION_MINOR = 2, 3
@@ -98,18 +99,24 @@ class Call:
         code = self._code
         data = bytearray(message.encode() + b"\0")
         kind = ir.ArrayType(ir.IntType(8), len(data))
-        text = ir.GlobalVariable(code.function.module, kind, f"{code.function.name}.error")
+        module = code.function.module
+        name = module.get_unique_name(f"{code.function.name}.error")
+        text = ir.GlobalVariable(module, kind, name)
         text.initializer = ir.Constant(kind, data)
         text.global_constant = True
         values = text, ir.Constant(I32, _RESOURCE_EXHAUSTED)
         code.builder.ret(self._call(_API_ERROR_CREATE, _CREATE, values))
 
     def _answer_metadata(self) -> None:
-        """XLA's first call asks with an extension, the only one there is, for the API's version."""
+        """XLA's first call asks with an extension, which comes alone, for the API's version."""
         code, builder = self._code, self._code.builder
         none = ir.Constant(POINTER, None)
         extension = code.read(self._frame, _FRAME, _FRAME_EXTENSIONS)
+        kind = code.local(I32, ir.Constant(I32, 0))
         with builder.if_then(builder.icmp_unsigned("!=", extension, none), likely=False):
+            builder.store(code.read(extension, _EXTENSION, _EXTENSION_KIND), kind)
+        asked = builder.icmp_signed("==", code.load(kind, I32), ir.Constant(I32, _METADATA_KIND))
+        with builder.if_then(asked, likely=False):
             metadata = code.read(extension, _EXTENSION, _EXTENSION_METADATA)
             version = code.field(metadata, _METADATA, _METADATA_VERSION)
             major, minor = (ir.Constant(I32, number) for number in API_VERSION)

@@ -23,15 +23,15 @@ _LINE = 16
 
 
 class Tile(NamedTuple):
-    """Shape of the product's blocks; all but `lanes` may be chosen freely.
+    """Shape of the product's blocks.
 
     Attributes:
         lanes: float32 numbers in a vector register.
-        rows: of the tile of C in registers.
+        rows: of the tile of C in registers, a power of two or a multiple of 8.
         vectors: of a row of that tile.
         depth: k that are packed at a time.
-        height: rows of A that are packed at a time.
-        width: columns of B that are packed at a time.
+        height: rows of A that are packed at a time, a multiple of `rows`.
+        width: columns of B that are packed at a time, a multiple of `columns`.
     """
 
     lanes: int
@@ -89,7 +89,18 @@ def write_block(module: ir.Module, tile: Tile) -> ir.Function:
     `tile.width`; with K = 0 all is zero. `scratch` has room for `tile.scratch` numbers, aligned to
     a cache line. `ahead` points to the B of the block that the thread does next: while it computes,
     what it packs next is on its way from memory.
+
+    Raises:
+        ValueError: the tile does not divide the block, or cannot be transposed in squares.
     """
+    for size in (tile.rows, tile.columns):
+        if size % 8 and size not in (1, 2, 4):
+            raise ValueError(f"a side of {size} in {tile} is no power of two nor multiple of 8")
+    if tile.height % tile.rows or tile.width % tile.columns:
+        raise ValueError(
+            f"{tile} packs {tile.height} rows and {tile.width} columns, which tiles of {tile.rows}"
+            f" and {tile.columns} do not divide"
+        )
     kernel = _write_kernel(module, tile)
     pack_a = _write_pack(module, "pack_a", tile.rows, tile.depth)
     pack_b = _write_pack(module, "pack_b", tile.columns, tile.depth)

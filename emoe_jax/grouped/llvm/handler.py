@@ -58,11 +58,14 @@ def write_handler(kernel: Kernel) -> None:
         widths = right_of, call.extent(right, 2)
     shape = Shape(call.extent(left, 0), call.extent(sizes, 0), *widths)
 
-    state, scratch = units.allocate(code, kernel, shape.E)
-    with builder.if_then(
-        builder.icmp_unsigned("==", state, ir.Constant(POINTER, None)), likely=False
-    ):
-        call.fail(f"{kernel.name}: no memory")
+    none = ir.Constant(POINTER, None)
+    scratch = units.allocate_scratch(code, kernel)
+    state = units.allocate_state(code, kernel, shape.E)
+    for there in (scratch, state):
+        with builder.if_then(builder.icmp_unsigned("==", there, none), likely=False):
+            builder.call(kernel.free, [scratch])
+            builder.call(kernel.free, [state])
+            call.fail(f"{kernel.name}: no memory")
     count, rows = units.plan(code, kernel, state, shape, sizes.data)
     if kernel.product is not Product.COLUMNS:
         _clear_rows(code, out.data, rows, shape, kernel.product)
@@ -74,9 +77,10 @@ def write_handler(kernel: Kernel) -> None:
         with builder.if_then(refused, likely=False):
             units.release(code, kernel, state)
     builder.call(work, [state, scratch])
+    builder.call(kernel.free, [scratch])
     units.wait(code, kernel, state)
     units.release(code, kernel, state)
-    builder.ret(ir.Constant(POINTER, None))
+    builder.ret(none)
 
 
 def _clear_rows(code: Code, out: Value, rows: Value, shape: Shape, product: Product) -> None:

@@ -29,7 +29,7 @@ _STATE = ir.LiteralStructType([I64] * 6 + [POINTER] * 5)
 ) = range(11)
 """What the threads that work on one product share."""
 
-_ALIGNMENT = 64
+_CACHE_LINE = 64
 _BYTE = ir.IntType(8)
 
 
@@ -66,19 +66,24 @@ class Shape(NamedTuple):
     F: Value
 
 
-def allocate(code: Code, kernel: Kernel, E: Value) -> tuple[Value, Value]:
-    """The shared state with its tables, null where there is no memory, and the caller's scratch."""
+def allocate_state(code: Code, kernel: Kernel, E: Value) -> Value:
+    """The shared state with room for its tables; null where there is no memory."""
     builder = code.builder
     table = builder.mul(builder.add(E, integer(1)), integer(8))
-    record = _round_up(code, integer(record_bytes(_STATE)))
-    tables = _round_up(code, builder.mul(table, integer(2)))
-    room = code.index(record, tables, integer(_scratch_bytes(kernel.tile)))
+    record = integer(record_bytes(_STATE))
+    room = code.index(record, table, table)
     state = builder.call(kernel.malloc, [room])
     with builder.if_then(builder.icmp_unsigned("!=", state, ir.Constant(POINTER, None))):
         starts = code.at(state, record, of=_BYTE)
         code.write(state, _STATE, _STARTS, starts)
         code.write(state, _STATE, _FIRSTS, code.at(starts, table, of=_BYTE))
-    return state, aligned(code, code.at(state, record, tables, of=_BYTE))
+    return state
+
+
+def allocate_scratch(code: Code, kernel: Kernel) -> Value:
+    """What a thread packs its panels into; null where there is no memory."""
+    room = kernel.tile.scratch * FLOAT_BYTES + _CACHE_LINE
+    return code.builder.call(kernel.malloc, [integer(room)])
 
 
 def plan(
@@ -146,42 +151,28 @@ def release(code: Code, kernel: Kernel, state: Value) -> None:
         builder.call(kernel.free, [state])
 
 
-def _round_up(code: Code, count: Value) -> Value:
-    more = code.builder.add(count, integer(_ALIGNMENT - 1))
-    return code.builder.and_(more, integer(-_ALIGNMENT))
-
-
-def aligned(code: Code, pointer: Value) -> Value:
-    """The first address from a pointer on that begins a cache line."""
-    address = _round_up(code, code.builder.ptrtoint(pointer, I64))
-    return code.builder.inttoptr(address, POINTER)
-
-
-def _scratch_bytes(tile: Tile) -> int:
-    return tile.scratch * FLOAT_BYTES + _ALIGNMENT
-
-
 def write_worker(kernel: Kernel) -> ir.Function:
     """Writes the function work(state, scratch), which takes units until there are none."""
     code = Code(kernel.module, f"{kernel.name}.work", [POINTER, POINTER])
-    state, scratch = code.args
+    state, room = code.args
     builder = code.builder
+    scratch = _aligned(code, room)
     units = code.read(state, _STATE, _UNITS)
-    next_unit, next_expert = code.local(I64), code.local(I64, integer(0))
-    builder.store(_claim(code, state), next_unit)
+    expert, later = code.local(I64, integer(0)), code.local(I64)
     with code.forever():
-        unit = code.load(next_unit, I64)
+        unit = builder.atomic_rmw("add", code.field(state, _STATE, _NEXT), integer(1), "acq_rel")
         with builder.if_then(builder.icmp_signed(">=", unit, units), likely=False):
             builder.ret_void()
-        _find_expert(code, state, unit, next_expert)
-        block = _locate(code, kernel, state, unit, code.load(next_expert, I64))
-        # One unit ahead, so that it is known what to fetch; the last fetches its own again.
-        coming = _claim(code, state)
-        builder.store(coming, next_unit)
+        _find_expert(code, state, unit, expert)
+        e = code.load(expert, I64)
+        block = _locate(code, kernel, state, unit, e)
+        # The next that is free now is likely what this thread does next; if not, no harm is done.
         ahead = code.local(POINTER, block.b.data)
+        coming = _first_free(code, state)
         with builder.if_then(builder.icmp_signed("<", coming, units)):
-            _find_expert(code, state, coming, next_expert)
-            after = _locate(code, kernel, state, coming, code.load(next_expert, I64))
+            builder.store(e, later)
+            _find_expert(code, state, coming, later)
+            after = _locate(code, kernel, state, coming, code.load(later, I64))
             builder.store(after.b.data, ahead)
         shape, (c, width) = block.shape, block.c
         rest = (*block.a, *block.b, c, width, scratch, code.load(ahead, POINTER))
@@ -191,10 +182,16 @@ def write_worker(kernel: Kernel) -> ir.Function:
     return code.function
 
 
-def _claim(code: Code, state: Value) -> Value:
-    """The next unit that nobody has taken."""
+def _aligned(code: Code, pointer: Value) -> Value:
+    """The first address from a pointer on that begins a cache line."""
+    address = code.builder.add(code.builder.ptrtoint(pointer, I64), integer(_CACHE_LINE - 1))
+    return code.builder.inttoptr(code.builder.and_(address, integer(-_CACHE_LINE)), POINTER)
+
+
+def _first_free(code: Code, state: Value) -> Value:
+    """The first unit that nobody has taken yet."""
     place = code.field(state, _STATE, _NEXT)
-    return code.builder.atomic_rmw("add", place, integer(1), "acq_rel")
+    return code.builder.load_atomic(place, "acquire", 8, typ=I64)
 
 
 def _find_expert(code: Code, state: Value, unit: Value, expert: Value) -> None:
@@ -253,15 +250,16 @@ def _locate(code: Code, kernel: Kernel, state: Value, unit: Value, e: Value) -> 
 
 
 def write_helper(kernel: Kernel, work: ir.Function) -> ir.Function:
-    """Writes help(state), for a thread of the pool; without memory of its own it does nothing."""
+    """Writes help(state), for a thread of the pool; too late or without memory it does nothing."""
     code = Code(kernel.module, f"{kernel.name}.help", [POINTER])
     state = code.args[0]
     builder = code.builder
-    scratch = builder.call(kernel.malloc, [integer(_scratch_bytes(kernel.tile))])
-    there = builder.icmp_unsigned("!=", scratch, ir.Constant(POINTER, None))
-    with builder.if_then(there):
-        builder.call(work, [state, aligned(code, scratch)])
-        builder.call(kernel.free, [scratch])
+    units = code.read(state, _STATE, _UNITS)
+    with builder.if_then(builder.icmp_signed("<", _first_free(code, state), units)):
+        scratch = allocate_scratch(code, kernel)
+        with builder.if_then(builder.icmp_unsigned("!=", scratch, ir.Constant(POINTER, None))):
+            builder.call(work, [state, scratch])
+            builder.call(kernel.free, [scratch])
     release(code, kernel, state)
     builder.ret_void()
     return code.function
