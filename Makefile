@@ -30,7 +30,7 @@ clean:
 	rm -rf $(VENV) build *.egg-info
 
 $(BIN)/python:
-	$(PYTHON) -c 'import sys; sys.exit(f"emoe_jax needs Python 3.11 or later, {sys.executable} is {sys.version.split()[0]}; run make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
+	@$(PYTHON) -c 'import sys; sys.exit(f"emoe_jax needs Python 3.11 or later, {sys.executable} is {sys.version.split()[0]}; run make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 

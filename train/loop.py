@@ -94,6 +94,8 @@ def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[Scalars,
         forward = None
         if resumed != config.steps:
             forward = compile_forward(run, example, resumed=resumed is not None)
+        else:
+            LOGGER.info("step %d is the last: trained already, evaluated again", resumed)
         if resumed is None:
             state = calibrate(run, forward, _start(run))
         else:

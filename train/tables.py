@@ -16,7 +16,7 @@ from rich.table import Table
 
 Row = Mapping[str, Any]
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "llvmlite", "numpy")
 
 
 def run_facts() -> dict[str, Any]:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The study of docs/routing.md: four tasks, two shapes of the experts, every router tuned on a seed
-# of its own. Some twelve hours on two cores; stopped and started again it goes on where it was.
+# of its own, in the environment that README makes. Some twelve hours on two cores; stopped and
+# started again it goes on where it was.
 #
 #     docs/studies/study.sh FOLDER [CELL...]
 #
@@ -8,7 +9,7 @@
 set -euo pipefail
 
 if [ $# -eq 0 ]; then
-  sed -n '2,7p' "$0" | cut -c3- >&2
+  sed -n '2,8p' "$0" | cut -c3- >&2
   exit 2
 fi
 folder=$(realpath -m "$1")
