@@ -94,8 +94,6 @@ def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[Scalars,
         forward = None
         if resumed != config.steps:
             forward = compile_forward(run, example, resumed=resumed is not None)
-        else:
-            LOGGER.info("step %d is the last: trained already, evaluated again", resumed)
         if resumed is None:
             state = calibrate(run, forward, _start(run))
         else:
@@ -120,16 +118,21 @@ def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[Scalars,
         batches.close()
     scalars, rows = result or evaluate(run, evaluator, state)
 
-    # ---------------------------------------------------------------- result
-    text = ""
-    if config.prompt:
-        text = sample.continue_text(run, state, config.prompt)
-    if cluster.is_first():
-        print_evaluation(run, scalars, rows, config.steps)
-        if config.prompt:
-            print(f"\nA continuation of {config.prompt!r}:\n{config.prompt}{text}\n")
-        print(f"run folder: {workdir}")
+    _show(run, state, scalars, rows, workdir)
     return scalars, rows
+
+
+def _show(run: Run, state: Tree, scalars: Scalars, rows: Rows, workdir: pathlib.Path) -> None:
+    """Prints the result of a run; every process takes part in continuing the prompt."""
+    prompt, text = run.config.prompt, ""
+    if prompt:
+        text = sample.continue_text(run, state, prompt)
+    if not cluster.is_first():
+        return
+    print_evaluation(run, scalars, rows, run.config.steps)
+    if prompt:
+        print(f"\nA continuation of {prompt!r}:\n{prompt}{text}\n")
+    print(f"run folder: {workdir}")
 
 
 def _example(batches: Any) -> dict[str, np.ndarray]:
@@ -247,7 +250,10 @@ def _resume(run: Run, checkpoints: Checkpoints, step: int, batches: Any) -> Tree
     )
     assert restored.data_state is not None
     batches.set_state(restored.data_state)
-    LOGGER.info("resuming %s from step %d", workdir, step)
+    if step == run.config.steps:
+        LOGGER.info("step %d is the last: %s is trained already; it is evaluated", step, workdir)
+    else:
+        LOGGER.info("resuming %s from step %d", workdir, step)
     return restored.train_state
 
 
