@@ -207,9 +207,19 @@ class Attention(nnx.Module):
         Returns:
             [B,S,D].
         """
-        query, key, value = self._project(x, positions)
+        query, key, value = self._project(x, x, positions)
         mixed = attend(query, key, value, segments, self.causal, self.implementation)
         return self.out(mixed.reshape(*x.shape[:2], -1))
+
+    def first(self, x: Array, positions: Array, count: int) -> Array:
+        """The same for the first `count` tokens alone, which see all S: [B,S,D] to [B,count,D].
+
+        Not for causal attention, and each row is one segment.
+        """
+        query, key, value = self._project(x[:, :count], x, positions)
+        # So few queries need no platform's kernel, and would not suit its blocks.
+        mixed = _heads_first(query, key, value, None, False)
+        return self.out(mixed.reshape(x.shape[0], count, -1))
 
     def decode(self, x: Array, cache: Cache, start: Array) -> tuple[Array, Cache]:
         """Attends from S new positions to the cache and to themselves, causally.
@@ -224,7 +234,7 @@ class Attention(nnx.Module):
         """
         B, S, _ = x.shape
         steps = start + jnp.arange(S, dtype=jnp.int32)
-        query, key, value = self._project(x, jnp.broadcast_to(steps, (B, S)))
+        query, key, value = self._project(x, x, jnp.broadcast_to(steps, (B, S)))
         cache = {
             "key": jax.lax.dynamic_update_slice_in_dim(cache["key"], key, start, axis=1),
             "value": jax.lax.dynamic_update_slice_in_dim(cache["value"], value, start, axis=1),
@@ -236,15 +246,17 @@ class Attention(nnx.Module):
         )
         return self.out(mixed.reshape(B, S, -1)), cache
 
-    def _project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
+    def _project(self, asking: Array, x: Array, positions: Array) -> tuple[Array, Array, Array]:
+        """Queries of the first tokens of x, `asking`; keys and values of all."""
         B, S, _ = x.shape
-        query = self.query(x).reshape(B, S, self.heads, self.head_dim)
+        asked = asking.shape[1]
+        query = self.query(asking).reshape(B, asked, self.heads, self.head_dim)
         key = self.key(x).reshape(B, S, self.kv_heads, self.head_dim)
         value = self.value(x).reshape(B, S, self.kv_heads, self.head_dim)
         if self.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
         if self.rope_base is not None:
-            query = rotate(query, positions, self.rope_base)
+            query = rotate(query, positions[:, :asked], self.rope_base)
             key = rotate(key, positions, self.rope_base)
         return query, key, value
 
@@ -302,15 +314,15 @@ def _heads_first(
     (docs/benchmarks). The softmax is divided by its sum after the product with the values, which
     has fewer numbers than the weights.
     """
-    B, S, H, dim = query.shape
-    groups = key.shape[2]
+    B, asked, H, dim = query.shape
+    S, groups = key.shape[1:3]
     heads = H // groups
     # The query heads of a group follow each other, so they are more rows of one product.
     query = (query * dim**-0.5).astype(query.dtype).transpose(0, 2, 1, 3)
-    query = query.reshape(B, groups, heads * S, dim)
+    query = query.reshape(B, groups, heads * asked, dim)
     key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
     scores = jnp.einsum("bgqd,bgkd->bgqk", query, key, preferred_element_type=jnp.float32)
-    scores = scores.reshape(B, groups, heads, S, S)
+    scores = scores.reshape(B, groups, heads, asked, S)
     seen = None if segments is None else _same_segment(segments)
     if causal:
         past = jnp.tril(jnp.ones((S, S), bool))[None]
@@ -321,12 +333,12 @@ def _heads_first(
     weights = jnp.exp(scores - largest)
     mixed = jnp.einsum(
         "bgqk,bgkd->bgqd",
-        weights.reshape(B, groups, heads * S, S).astype(value.dtype),
+        weights.reshape(B, groups, heads * asked, S).astype(value.dtype),
         value,
         preferred_element_type=jnp.float32,
-    ).reshape(B, groups, heads, S, dim)
+    ).reshape(B, groups, heads, asked, dim)
     mixed = mixed / jnp.sum(weights, axis=-1, keepdims=True)
-    return mixed.reshape(B, H, S, dim).transpose(0, 2, 1, 3).astype(query.dtype)
+    return mixed.reshape(B, H, asked, dim).transpose(0, 2, 1, 3).astype(query.dtype)
 
 
 def choose_attention(shape: tuple[int, ...], dtype: Any, platform: str, devices: int = 1) -> str:

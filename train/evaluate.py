@@ -98,10 +98,11 @@ def evaluate(run: Run, evaluator: Evaluator, state: Tree) -> tuple[Scalars, Rows
 
 
 def routing_rows(run: Run, metrics: dict[str, dict[str, Any]]) -> Rows:
-    """One row an expert layer: its name, its scalars, and `load`, the list of shares."""
+    """One row a measured expert layer: its name, its scalars, and `load`, the list of shares."""
     rows = []
-    for place, names in layer_names(run.config.model).items():
-        for repeat, name in enumerate(names):
+    names_of = layer_names(run.config.model)
+    for place in metrics:
+        for repeat, name in enumerate(names_of[place]):
             row: dict[str, Any] = {"layer": name}
             for key, value in metrics[place].items():
                 array = np.asarray(value)[repeat]

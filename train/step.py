@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from emoe_jax.basis import prepare_bases
 from emoe_jax.losses import cross_entropy
 from emoe_jax.metrics import routing_metrics
-from emoe_jax.models.stack import update_router_state
+from emoe_jax.models.stack import idle_places, update_router_state
 from emoe_jax.moe import Aux, auxiliary_loss
 from emoe_jax.optim import global_norm, merge, partition, schedule
 from emoe_jax.pure import Pure
@@ -35,7 +35,8 @@ class Steps(NamedTuple):
     """The functions of a run, not yet compiled.
 
     Attributes:
-        train: (state, batch, key) to (state, metrics).
+        train: (state, batch, key) to (state, metrics); `metrics["router"]` leaves out
+            `idle_places`.
         calibrate: (params, router, batch, key, progress) to the routers' next state: a forward pass
             for which nothing is trained; progress as of `Router.update`.
         evaluate: (params, router, batch, key) to sums over the batch.
@@ -66,6 +67,7 @@ def make_steps(
     forward = _forward(config)
     method = config.model.moe.basis.method
     learning_rate = schedule(config.optim, config.steps)
+    idle = idle_places(config.model)
 
     def train_step(state: Tree, batch: Batch, key: Array) -> tuple[Tree, Tree]:
         key = jax.random.fold_in(key, state["step"])
@@ -98,7 +100,11 @@ def make_steps(
         metrics = _task_metrics(sums, total) | {
             "grad_norm": global_norm(grads),
             "learning_rate": learning_rate(state["step"]),
-            "router": layer_metrics(aux, config.accumulate),
+            # To measure a layer that nothing depends on would be the one reason to compute it.
+            "router": layer_metrics(
+                {place: layer for place, layer in aux.items() if place not in idle},
+                config.accumulate,
+            ),
         }
         return new, metrics
 

@@ -119,11 +119,12 @@ class Meter:
             for place, load in mean.items()
         }
         now = _bases(state)
-        for place, compiled in self.drift.items():
-            more[place]["drift"] = compiled(self.reference[place], now[place])
-        for place, router in routers_of(state["router"]).items():
-            if "spectrum" in router:
-                more[place]["spectrum"] = router["spectrum"]
+        kept = routers_of(state["router"])
+        for place, row in more.items():
+            if place in self.drift:
+                row["drift"] = self.drift[place](self.reference[place], now[place])
+            if "spectrum" in kept.get(place, {}):
+                row["spectrum"] = kept[place]["spectrum"]
         more = jax.device_get(more)
         return routing_rows(self.run, {p: layer | more[p] for p, layer in metrics.items()})
 

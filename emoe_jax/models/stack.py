@@ -82,6 +82,20 @@ class Block(nnx.Module):
         mixed = self.attention(self.norm_attention(x), positions, visible)
         return self._mix(x + self._scaled(mixed, "scale_attention"), segments > 0, extra)
 
+    def first(
+        self, x: Array, positions: Array, segments: Array, extra: dict[str, Any], read: int
+    ) -> tuple[Array, Aux | None]:
+        """The first `read` tokens of the successor, [B,read,D], where `tokens_read` gives `read`.
+
+        A branch that these tokens pass by runs for the sake of `Aux` alone: where nobody looks at
+        that, the compiler drops it.
+        """
+        x = split_batch(x)
+        mixed = self.attention.first(self.norm_attention(x), positions, read)
+        few = x[:, :read] + self._scaled(mixed, "scale_attention")
+        few = few + self._scaled(self.mlp(self.norm_mlp(few)), "scale_mlp")
+        return few, self(x, positions, segments, extra)[1] if self.adapter else None
+
     def decode(
         self, x: Array, cache: dict[str, Array], start: Array, extra: dict[str, Any]
     ) -> tuple[Array, dict[str, Array]]:
@@ -153,6 +167,7 @@ class Stack(nnx.Module):
         self.period = _period(config, pattern)
         self.repeats = len(pattern) // self.period
         self.remat = config.remat
+        self.read = tokens_read(config)
         blocks = [Block(config, experts, rngs=rngs) for experts in pattern]
         self.groups = nnx.List(
             [_stack_modules(blocks[place :: self.period]) for place in range(self.period)]
@@ -180,16 +195,20 @@ class Stack(nnx.Module):
             rows: [B] int32.
             key: random key, or None.
             train: see `routers.base.Context`.
-            capture: whether `Aux.captured` is wanted.
+            capture: whether `Aux.captured` is wanted; all tokens are computed then.
 
         Returns:
-            [B,S,D]; and for each place in the period that has experts, by its number as a string,
-            their `Aux` with a leading axis over the repeats.
+            [B,S,D], or of the first tokens alone where `tokens_read` says so; and for each place in
+            the period that has experts, by its number as a string, their `Aux` with a leading axis
+            over the repeats.
         """
+        read = None if capture else self.read
 
         def step(block: Block, carry: Array, place: int, layer: Array, _: Any) -> Any:
             fold = None if key is None else jax.random.fold_in(key, layer)
             extra = {"ids": ids, "rows": rows, "key": fold, "train": train, "capture": capture}
+            if read is not None and place == self.period - 1:
+                return block.first(carry, positions, segments, extra, read)
             return block(carry, positions, segments, extra)
 
         x, auxes = self._run(x, step, None)
@@ -291,6 +310,33 @@ def layer_names(config: LMConfig | ViTConfig) -> dict[str, tuple[str, ...]]:
     """Names "layer_03" of the expert layers, counted by block, for each place of `Stack`."""
     numbers = block_numbers(config).items()
     return {place: tuple(f"layer_{i:02d}" for i in blocks) for place, blocks in numbers}
+
+
+def tokens_read(config: LMConfig | ViTConfig) -> int | None:
+    """How many tokens of the last block's result, from the first on, are computed; None is all.
+
+    A class token (and a distillation token) is all that a head reads. What the others become in the
+    last block matters to nobody, unless that block's experts route them together with those that
+    are read. Blocks of a scan are all alike.
+    """
+    pattern = moe_layers(config)
+    if not isinstance(config, ViTConfig) or config.pooling != "class":
+        return None
+    if _period(config, pattern) != len(pattern):
+        return None
+    passed_by = config.moe_form == "adapter" and not (config.route_class or config.distilled)
+    return 1 + config.distilled if passed_by or not pattern[-1] else None
+
+
+def idle_places(config: LMConfig | ViTConfig) -> tuple[str, ...]:
+    """Places of `Stack` whose experts no output depends on, by number as a string.
+
+    That is the branch of the last block where the class token, which alone is read, passes it by,
+    as in the paper's release.
+    """
+    pattern = moe_layers(config)
+    idle = pattern[-1] and tokens_read(config) is not None
+    return (str(len(pattern) - 1),) if idle else ()
 
 
 def _period(config: LMConfig | ViTConfig, pattern: tuple[bool, ...]) -> int:

@@ -92,6 +92,51 @@ def test_an_adapter_after_the_last_block_cannot_change_class_logits():
     assert not np.any(gradients["blocks"]["groups"]["0"]["moe"]["experts"]["w_up"])
 
 
+@pytest.mark.parametrize(
+    ("values", "computed"),
+    [
+        ({"moe_blocks": (0,)}, 1),
+        ({"moe_blocks": (0,), "distilled": True}, 2),
+        ({"moe_blocks": (0,), "qk_norm": True, "layer_scale": 0.5, "registers": 2}, 1),
+        ({"moe_blocks": (0, 1)}, 1),
+        # Patches matter here: to the mean, to the experts of the read token, and to a scan.
+        ({"moe_blocks": (0,), "pooling": "mean", "class_token": True}, 5),
+        ({"moe_blocks": (0, 1), "route_class": True}, 5),
+        ({"moe_blocks": (0, 1), "distilled": True}, 6),
+        ({"moe_blocks": (1,), "moe_form": "mlp"}, 5),
+        ({}, 5),
+    ],
+)
+def test_the_last_block_computes_the_tokens_that_are_read_and_nothing_changes(values, computed):
+    config = make_config(**{"pooling": "class", "moe_form": "adapter"} | values)
+    split, params, router = pure.split(EMoEViT(config, rngs=nnx.Rngs(0)))
+    images = draw((B, SIZE, SIZE, 2))
+
+    def loss(params, capture):
+        # Under `capture` all tokens are computed, as they are part of what is asked for.
+        logits, aux, *_ = split.bind(params, router)(images, capture=capture)
+        return jnp.sum(logits * draw((B, config.classes), 1)), (logits, aux)
+
+    step = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
+    few, whole = step(params, False), step(params, True)
+    jax.tree.map(_assert_near, few, whole)
+    assert _last_width(config, params, router, images) == computed
+
+
+def _assert_near(ours, theirs):
+    chex.assert_trees_all_close(ours, theirs, atol=max(1e-7, 2e-6 * np.max(np.abs(theirs))))
+
+
+def _last_width(config, params, router, images):
+    """Tokens that come out of the blocks."""
+    model = pure.split(EMoEViT(config, rngs=nnx.Rngs(0)))[0].bind(params, router)
+    x = model._embed(images)
+    order = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+    rows = jnp.arange(B, dtype=jnp.int32)
+    out, _ = model.blocks(x, order, jnp.ones_like(order), order, rows, None)
+    return out.shape[1]
+
+
 def test_images_of_another_size_are_refused():
     model = EMoEViT(make_config(), rngs=nnx.Rngs(0))
     words = (

@@ -109,6 +109,22 @@ def test_a_part_of_blocks_that_are_scanned_is_trained():
     assert not np.array_equal(*[jax.tree.leaves(tree)[0] for tree in (trained, before)])
 
 
+def test_a_branch_that_reaches_no_output_is_not_measured_in_training_and_trains_alike():
+    # The branch of block 1, the last, has no gradient; weight decay shrinks it all the same.
+    tree = adapter_tree(BRANCHES)
+    tree.model.moe_blocks = (0, 1)
+    tree.optim.weight_decay = 0.1
+    trainer = Trainer(tree)
+    state, history = trainer.run([image_batch()])
+    assert list(history[0]["router"]) == ["0"]
+    before, after = (
+        params["blocks"]["groups"]["1"]["moe"]["experts"]["w_up"]
+        for params in (trainer.fresh["params"], state["params"])
+    )
+    shrunk = before * (1 - 0.1 * float(history[0]["learning_rate"]))
+    chex.assert_trees_all_close(after, shrunk, rtol=1e-6)
+
+
 def test_branches_of_the_release_train_on_eight_devices_as_on_one():
     """Parameters, experts and heads are split; so are the moments, which only branches have."""
     assert len(jax.devices()) == 8
