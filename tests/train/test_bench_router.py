@@ -10,8 +10,13 @@ SHAPE = {"T": 32, "D": 8, "F": 16, "K": 2, "R": 4}
 
 def test_a_row_for_each_router_and_number_of_experts():
     rows = routers(["whitened", "loss_free"], [4], SHAPE, "float32", 3)
-    assert [(row["router"], row["E"]) for row in rows] == [("whitened", 4), ("loss_free", 4)]
-    for row in rows:
+    names = [(row["router"], row["E"]) for row in rows]
+    assert names == [("(dense)", 4), ("whitened", 4), ("loss_free", 4)]
+    dense, *layers = rows
+    assert dense["layer_ratio"] == 1.0
+    for row in layers:
+        least = row["layer_ms_min"] / dense["layer_ms_max"]
+        assert least <= row["layer_ratio"] <= row["layer_ms_max"] / dense["layer_ms_min"]
         assert row["share_min"] <= row["share"] <= row["share_max"]
         assert row["router_ms_min"] <= row["router_ms"] <= row["router_ms_max"]
         # The middle of three ratios lies between the ratios of extreme times.

@@ -1,0 +1,173 @@
+"""Benchmark `grouped`: the backends of the grouped product in an expert MLP, against a dense MLP.
+
+The expert MLP (sort by expert, gather, two grouped products around a GELU, combine) is timed with
+each backend, against `dense`, one MLP over the same T*K rows, and against `batched`: a batched
+product over equal groups that are in place already. That one moves and pads nothing, and so shows
+what E matrices cost whatever the method.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from emoe_jax.dispatch import dropless
+from emoe_jax.grouped import grouped_matmul, native
+from emoe_jax.routers import Routing
+from train import timing
+from train.timing import Row, Step, interleave
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounds:
+    """How often is timed.
+
+    Attributes:
+        most: timed rounds.
+        ragged: of them those that include `ragged_dot` where it is dense (on CPU).
+    """
+
+    most: int
+    ragged: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """An expert MLP and its tokens.
+
+    Attributes:
+        T: tokens.
+        D: width.
+        F: hidden width of an expert.
+        K: experts a token.
+        E: experts.
+        dtype: of rows and weights.
+    """
+
+    T: int
+    D: int
+    F: int
+    K: int
+    E: int
+    dtype: str
+
+
+def grouped(shapes: list[Shape], loads: list[str], rounds: Rounds) -> list[Row]:
+    """Times the grouped product's backends in an expert MLP, for each load and number of experts.
+
+    Args:
+        shapes: which differ in E.
+        loads: "balanced" (random) and "skewed" (falling as 1/rank), or one of them.
+        rounds: how often.
+
+    Returns:
+        One row for each load, E and kernel: milliseconds (median, least, most) and ratios to the
+        dense MLP, forward alone (`forward_`) and with the gradients of tokens, gates and weights
+        (`step_`); seconds to compile; how many rounds were timed.
+
+    Raises:
+        ValueError: K is above E.
+    """
+    for shape in shapes:
+        if shape.K > shape.E:
+            raise ValueError(
+                f"--chosen={shape.K} experts a token needs at least as many in --experts; "
+                f"got {shape.E}."
+            )
+    return [row for load in loads for shape in shapes for row in _rows(load, shape, rounds)]
+
+
+def _rows(load: str, shape: Shape, turns: Rounds) -> list[Row]:
+    arrays_of = operands(shape, load)
+    rounds = _rounds(turns)
+    calls: dict[tuple[str, str], Step] = {}
+    seconds: dict[str, float] = {}
+    for kernel in rounds:
+        arrays = arrays_of.get(kernel, arrays_of["experts"])
+        start = time.perf_counter()
+        for part, program in programs(kernel).items():
+            calls[kernel, part] = partial(jax.jit(program).lower(*arrays).compile(), *arrays)
+        seconds[kernel] = time.perf_counter() - start
+    times = interleave(calls, {key: rounds[key[0]] for key in calls})
+
+    rows = []
+    for kernel, count in rounds.items():
+        row: Row = {"load": load, "E": shape.E, "kernel": kernel, "rounds": count}
+        for part in ("forward", "step"):
+            row |= timing.against(part, times[kernel, part], times["dense", part])
+        rows.append(row | {"compile_s": seconds[kernel]})
+    return rows
+
+
+def _rounds(turns: Rounds) -> dict[str, int]:
+    """How many rounds each kernel is timed for: those for CPU only where they are meant to run."""
+    rounds = {"dense": turns.most, "batched": turns.most}
+    if jax.default_backend() != "cpu":
+        return rounds | {"ragged_dot": turns.most}
+    if not native.missing():
+        rounds["native"] = turns.most
+    rounds["loops"] = turns.most
+    ragged = min(turns.ragged, turns.most)
+    return rounds | ({"ragged_dot": ragged} if ragged else {})
+
+
+def operands(shape: Shape, load: str) -> dict[str, tuple[jax.Array, ...]]:
+    """Arrays for the kernels: K times the tokens for those that do not route."""
+    T, D, F, K, E = shape.T, shape.D, shape.F, shape.K, shape.E
+    random = np.random.default_rng(0)
+    dtype = jnp.dtype(shape.dtype)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(random.standard_normal(shape, np.float32) / shape[-2] ** 0.5, dtype)
+
+    share = np.ones(E) if load == "balanced" else 1 / np.arange(1, E + 1)
+    # The K largest of log(share) + Gumbel noise: K different experts drawn by their shares.
+    scores = np.log(share) + random.gumbel(size=(T, E))
+    indices = jnp.asarray(np.argsort(-scores, axis=1)[:, :K], jnp.int32)
+    matrices = normal(E, D, F), normal(E, F, D)
+    return {
+        "experts": (normal(T, D), jnp.full((T, K), 1 / K, dtype), *matrices, indices),
+        "batched": (normal(E, -(-T * K // E), D), *matrices),
+        "dense": (normal(T * K, D), normal(D, F), normal(F, D)),
+    }
+
+
+def programs(kernel: str) -> dict[str, Step]:
+    """The forward pass, and `step`: it with the gradients of all that is not an index."""
+    plain = {"dense": _dense_mlp, "batched": _dense_mlp}
+    forward = plain.get(kernel) or partial(_expert_mlp, kernel)
+    arguments = (0, 1, 2) if kernel in plain else (0, 1, 2, 3)
+
+    def loss(*operands: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.square(forward(*operands)), dtype=jnp.float32)
+
+    return {"forward": forward, "step": jax.value_and_grad(loss, arguments)}
+
+
+def _dense_mlp(rows: jax.Array, w_in: jax.Array, w_out: jax.Array) -> jax.Array:
+    """[M,D] by [D,F] and [F,D], or the same with a leading E everywhere; exact GELU."""
+    return jax.nn.gelu(rows @ w_in, approximate=False) @ w_out
+
+
+def _expert_mlp(
+    kernel: str,
+    tokens: jax.Array,
+    gates: jax.Array,
+    w_in: jax.Array,
+    w_out: jax.Array,
+    indices: jax.Array,
+) -> jax.Array:
+    """The library's own dropless path, with the routing given."""
+    T, E = tokens.shape[0], w_in.shape[0]
+    none = jnp.zeros((), jnp.float32)
+    probs = jnp.zeros((T, E), jnp.float32)
+    routing = Routing(indices, gates.astype(jnp.float32), probs, none, {}, {})
+    groups = dropless.dispatch(tokens, routing, jnp.ones((T,), bool), 1.0)
+    hidden = grouped_matmul(groups.rows, w_in, groups.sizes, backend=kernel)
+    hidden = jax.nn.gelu(hidden, approximate=False)
+    return dropless.combine(grouped_matmul(hidden, w_out, groups.sizes, backend=kernel), groups)
