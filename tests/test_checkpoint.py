@@ -424,7 +424,7 @@ def test_bits_that_changed_after_the_save_are_found(
     """What a disk does silently where the compressor's own checks do not see it."""
     with Checkpoints(tmp_path, every=1) as checkpoints:
         with monkeypatch.context() as later:
-            later.setattr("emoe_jax.checkpoint.digests", lambda arrays: dict.fromkeys(arrays, 1))
+            later.setattr("emoe_jax.manifest.digests", lambda arrays: dict.fromkeys(arrays, 1))
             save(checkpoints, 1, {"a": {"w": jnp.ones(3)}, "one": jnp.int32(1)})
         with pytest.raises(CheckpointError, match=r"read: a/w hold other bits than were saved"):
             checkpoints.restore(1, on_one_device({"a": {"w": jnp.ones(3)}, "one": jnp.int32(1)}))
@@ -480,10 +480,10 @@ TWO = """
         position = {"all": {"next": 4}, "0": "", "1": "x" * 3000}
         assert restored.data_state == position, restored.data_state
         if process == 1:  # the only one that sees other bits than were saved
-            import emoe_jax.checkpoint
-            digests = emoe_jax.checkpoint.digests
+            import emoe_jax.stored
+            digests = emoe_jax.stored.digests
             other = lambda arrays: {k: v + 1 for k, v in digests(arrays).items()}
-            emoe_jax.checkpoint.digests = other
+            emoe_jax.stored.digests = other
         try:
             checkpoints.restore(2, {"w": spec})
             raise SystemExit("damage was restored")

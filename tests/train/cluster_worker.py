@@ -20,7 +20,7 @@ from absl import flags
 from flax import traverse_util
 from jax.experimental import multihost_utils
 
-import emoe_jax.checkpoint
+import emoe_jax.stored
 from emoe_jax.checkpoint import CheckpointError, Checkpoints
 from emoe_jax.sharding import MeshConfig, make_mesh, rows_here
 from tests.train.tiny import lm_tree
@@ -80,17 +80,17 @@ def restored(folder: pathlib.Path, tree: dict[str, Any]) -> dict[str, Any]:
 
 def damaged(restore: Callable[[], Any]) -> str:
     """The error where only process 1 reads other bits than were saved."""
-    digests = emoe_jax.checkpoint.digests
+    digests = emoe_jax.stored.digests
 
     def other(arrays: Any) -> dict[str, int]:
         found = digests(arrays)
         return found | ({} if cluster.is_first() else {"step": found["step"] + 1})
 
-    emoe_jax.checkpoint.digests = other
+    emoe_jax.stored.digests = other
     try:
         return message(restore)
     finally:
-        emoe_jax.checkpoint.digests = digests
+        emoe_jax.stored.digests = digests
 
 
 def refusals(folder: pathlib.Path) -> dict[str, str]:

@@ -1,0 +1,189 @@
+"""One step of a checkpoint as it lies on the disk, read by one process on its own.
+
+`Checkpoints` adds what several processes must agree on. Nothing here waits for another process, so
+that one which finds damage can tell the others, and a program that looks on needs only one device.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from etils import epath
+
+from emoe_jax.manifest import check_array, digests, flatten, nest, unseal
+
+Tree = dict[str, Any]
+
+STATE = "state"
+"""Item of the arrays."""
+
+RUN = "run"
+"""Item of the record, see `manifest`."""
+
+
+class Damage(NamedTuple):
+    """What is wrong with a step.
+
+    Attributes:
+        array: its name; empty where the whole step is concerned.
+        files: those that hold it, relative to the step's folder; empty where that is unknown.
+        reason: in words.
+    """
+
+    array: str
+    files: list[str]
+    reason: str
+
+
+def read_record(folder: epath.Path) -> Tree:
+    """The content of a step's record: `arrays`, `data_state`, `meta`, and since seals `metrics`.
+
+    Raises:
+        Exception: it cannot be read, or is not what was saved.
+    """
+    return unseal(dict(ocp.handlers.JsonCheckpointHandler().restore(folder / RUN)))
+
+
+def read_metrics(folder: epath.Path) -> Tree:
+    """The metrics of a step, empty where none can be read; of old steps those that orbax keeps."""
+    try:
+        record = read_record(folder)
+        if "metrics" in record:
+            return dict(record["metrics"])
+        return dict(json.loads((folder / "metrics" / "metrics").read_text()))
+    except Exception:  # what is damaged is said where the step is read
+        return {}
+
+
+def read_specs(folder: epath.Path, record: Tree) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of each array; those of old records are known to orbax alone.
+
+    Raises:
+        Exception: orbax's metadata cannot be read.
+    """
+    kinds = record["arrays"]
+    if all("shape" in kind for kind in kinds.values()):
+        return {
+            name: jax.ShapeDtypeStruct(tuple(kind["shape"]), jnp.dtype(kind["dtype"]))
+            for name, kind in kinds.items()
+        }
+    tree = ocp.PyTreeCheckpointHandler().metadata(folder / STATE).tree
+    leaves = flatten(tree, lambda name, leaf: None)
+    return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
+
+
+def read_arrays(
+    folder: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct], *, partial: bool = True
+) -> dict[str, jax.Array]:
+    """Arrays by name on the shardings that are wanted, this process's part of them.
+
+    Args:
+        folder: the step's.
+        wanted: specs with shardings, by name.
+        partial: whether there are others in the step.
+
+    Raises:
+        Exception: whatever orbax and tensorstore find wrong.
+    """
+    item = nest(wanted)
+    args = ocp.args.PyTreeRestore(
+        item=item,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+        partial_restore=partial,
+    )
+    return flatten(ocp.PyTreeCheckpointHandler().restore(folder / STATE, args=args), check_array)
+
+
+def each_array(
+    folder: epath.Path, record: Tree, prefixes: tuple[str, ...] = ("",)
+) -> Iterator[tuple[str, jax.Array | Damage]]:
+    """Every array of a step, one after another, on the first device: it, or what is wrong with it.
+
+    Args:
+        folder: the step's.
+        record: from `read_record`.
+        prefixes: of the names that are read.
+    """
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    for name, spec in read_specs(folder, record).items():
+        if not name.startswith(prefixes):
+            continue
+        placed = jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=here)
+        try:
+            arrays = read_arrays(folder, {name: placed})
+            changed = changed_arrays(record, arrays)
+        except Exception as error:
+            yield name, Damage(name, files_of(folder, name), reason(error))
+            continue
+        if changed:
+            yield name, Damage(name, files_of(folder, name), "holds other bits than were saved")
+        else:
+            yield name, arrays[name]
+
+
+def examine(folder: epath.Path) -> list[Damage]:
+    """What is wrong with a step: every array is read and compared with its digest.
+
+    Only what a reader uses is judged: orbax keeps files of which a restored value does not depend.
+    """
+    try:
+        record = read_record(folder)
+        found = [value for _, value in each_array(folder, record)]
+    except Exception as error:
+        return [Damage("", [f"{RUN}/metadata"], reason(error))]
+    return [value for value in found if isinstance(value, Damage)]
+
+
+def changed_arrays(record: Tree, arrays: Mapping[str, jax.Array]) -> list[str]:
+    """Names of the arrays that hold other bits than were saved."""
+    entries = record["arrays"]
+    return [name for name, value in digests(arrays).items() if value != entries[name]["digest"]]
+
+
+def files_of(folder: epath.Path, name: str) -> list[str]:
+    """The files that hold an array's values, relative to the step's folder.
+
+    Small arrays lie in a node of the index, larger ones in files of their own or with others.
+    """
+    files: set[str] = set()
+    try:
+        spec = {"driver": "file", "path": f"{folder / STATE}/"}  # of remote storage none is named
+        base = ts.KvStore.open(spec).result()
+        newest = ts.ocdbt.dump(base).result()["versions"][-1]["root"]["location"]
+        _collect(base, newest, name.replace("/", ".").encode() + b"/", b"", files)
+    except Exception:  # the index itself is damaged, and the reason says so
+        return []
+    return sorted(f"{STATE}/{file}" for file in files)
+
+
+def _collect(base: ts.KvStore, node: str, prefix: bytes, above: bytes, files: set[str]) -> None:
+    """Adds the files of the keys with a prefix under a node of OCDBT's index.
+
+    Keys in a node leave out `above`, which all of them begin with.
+    """
+    for entry in ts.ocdbt.dump(base, node).result()["entries"]:
+        if "location" in entry:  # a node below
+            lower = above + entry["subtree_common_prefix"]
+            _collect(base, entry["location"], prefix, lower, files)
+        elif (above + entry["key"]).startswith(prefix):
+            files.add(_file(entry.get("indirect_value", node)))
+
+
+def _file(location: str) -> str:
+    """The path in such as "value:ocdbt.process_0/:d/e943:0:3742"."""
+    _, folder, name, _, _ = location.split(":")
+    return folder + name
+
+
+def reason(error: BaseException) -> str:
+    """What failed, without tensorstore's dump of its configuration."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = (str(error).splitlines() or [""])[0].partition(" [tensorstore_spec=")[0]
+    return f"{type(error).__name__}: {text[:400]}"
