@@ -326,8 +326,7 @@ class Checkpoints:
                 f"Damaged checkpoints in {self.directory} could not be renamed ({error}). Move "
                 f"{', '.join(map(str, steps))} away from there and start again."
             )
-        if steps:
-            self._manager.reload()
+        self._manager.reload()
         return list(names)
 
     def _rename(self, step: int) -> str:

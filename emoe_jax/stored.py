@@ -185,5 +185,5 @@ def reason(error: BaseException) -> str:
     """What failed, without tensorstore's dump of its configuration."""
     while error.__cause__ is not None:
         error = error.__cause__
-    text = (str(error).splitlines() or [""])[0].partition(" [tensorstore_spec=")[0]
-    return f"{type(error).__name__}: {text[:400]}"
+    text = (str(error).splitlines() or [""])[0].partition(" [tensorstore_spec")[0]
+    return f"{type(error).__name__}: {text[:400].rstrip('.')}"

@@ -222,6 +222,7 @@ def open_checkpoints(run: Run, workdir: pathlib.Path) -> Checkpoints:
         workdir / CHECKPOINTS,
         every=keep.every,
         keep_last=keep.keep_last,
+        keep_every=keep.keep_every,
         keep_best=keep.keep_best,
         best_metric="eval/loss",
     )
