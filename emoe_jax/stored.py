@@ -7,7 +7,7 @@ that one which finds damage can tell the others, and a program that looks on nee
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -101,19 +101,19 @@ def read_arrays(
 
 
 def each_array(
-    folder: epath.Path, record: Tree, prefixes: tuple[str, ...] = ("",)
+    folder: epath.Path, record: Tree, names: Iterable[str]
 ) -> Iterator[tuple[str, jax.Array | Damage]]:
-    """Every array of a step, one after another, on the first device: it, or what is wrong with it.
+    """Arrays of a step, one after another, on the first device: each, or what is wrong with it.
 
     Args:
         folder: the step's.
         record: from `read_record`.
-        prefixes: of the names that are read.
+        names: of those that are read.
     """
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    for name, spec in read_specs(folder, record).items():
-        if not name.startswith(prefixes):
-            continue
+    specs = read_specs(folder, record)
+    for name in names:
+        spec = specs[name]
         placed = jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=here)
         try:
             arrays = read_arrays(folder, {name: placed})
@@ -134,10 +134,13 @@ def examine(folder: epath.Path) -> list[Damage]:
     """
     try:
         record = read_record(folder)
-        found = [value for _, value in each_array(folder, record)]
+        found = [value for _, value in each_array(folder, record, record["arrays"])]
     except Exception as error:
         return [Damage("", [f"{RUN}/metadata"], reason(error))]
-    return [value for value in found if isinstance(value, Damage)]
+    damage = [value for value in found if isinstance(value, Damage)]
+    if len(damage) == len(found) > 1:  # their index is damaged: one reason for all
+        return [damage[0]._replace(array="")]
+    return damage
 
 
 def changed_arrays(record: Tree, arrays: Mapping[str, jax.Array]) -> list[str]:

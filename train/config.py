@@ -271,10 +271,14 @@ def freeze(config: Mapping[str, Any]) -> ExperimentConfig:
     return _build(ExperimentConfig, tree | {"model": _build(model_class, model), "data": data})
 
 
-def vit_from_tree(tree: Mapping[str, Any]) -> ViTConfig:
-    """A Vision Transformer's configuration from `dataclasses.asdict` of it, read back from JSON."""
-    model: ViTConfig = _build(ViTConfig, tree)
-    return model
+def model_from_tree(task: str, tree: Mapping[str, Any]) -> Any:
+    """A model's configuration from `dataclasses.asdict` of it, read back from JSON.
+
+    Raises:
+        ValueError: an unknown task or key.
+    """
+    require(task in TASKS, f"task={task!r} is not known; choose one of {', '.join(TASKS)}")
+    return _build(TASKS[task][0], tree)
 
 
 def with_vocab(config: ExperimentConfig, vocab_size: int) -> ExperimentConfig:
