@@ -271,7 +271,7 @@ class Checkpoints:
         folder = self.directory / str(step)
         specs = self._agreed(step, lambda: stored.read_specs(folder, record))
         check_same(self.directory, step, specs, wanted, partial)
-        arrays = self._agreed(step, lambda: stored.read_arrays(folder, wanted, partial=partial))
+        arrays = self._agreed(step, lambda: stored.read_arrays(folder, wanted))
         here = stored.changed_arrays(record, arrays)
         # Copies that several processes hold are read by each: all must know of one that is bad.
         changed = sorted({k for names in gather_texts(json.dumps(here)) for k in json.loads(names)})

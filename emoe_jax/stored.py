@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from emoe_jax.manifest import check_array, digests, flatten, nest, unseal
+from emoe_jax.manifest import digests, flatten, unseal
 
 Tree = dict[str, Any]
 
@@ -25,6 +27,17 @@ STATE = "state"
 
 RUN = "run"
 """Item of the record, see `manifest`."""
+
+
+_SHAPE = b".zarray"
+"""Key of an array's shape, which lies with the index."""
+
+
+_READERS = 16
+"""Arrays that are read at the same time."""
+
+_INDEX_BYTES = 100_000_000
+"""Of the arrays' index kept while they are read."""
 
 
 class Damage(NamedTuple):
@@ -79,25 +92,57 @@ def read_specs(folder: epath.Path, record: Tree) -> dict[str, jax.ShapeDtypeStru
 
 
 def read_arrays(
-    folder: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct], *, partial: bool = True
+    folder: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
     """Arrays by name on the shardings that are wanted, this process's part of them.
+
+    By tensorstore and not by orbax, whose reader waits for other processes, and which leaves reads
+    behind it that nobody awaits when one of them fails.
 
     Args:
         folder: the step's.
         wanted: specs with shardings, by name.
-        partial: whether there are others in the step.
 
     Raises:
-        Exception: whatever orbax and tensorstore find wrong.
+        Exception: what tensorstore finds wrong.
     """
-    item = nest(wanted)
-    args = ocp.args.PyTreeRestore(
-        item=item,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(item),
-        partial_restore=partial,
-    )
-    return flatten(ocp.PyTreeCheckpointHandler().restore(folder / STATE, args=args), check_array)
+    context = ts.Context({"cache_pool": {"total_bytes_limit": _INDEX_BYTES}})
+
+    def read(name: str) -> jax.Array:
+        spec = _array_spec(folder, name)
+        store = ts.open(spec, open=True, read=True, context=context).result()
+        return _place(store, wanted[name])
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        return dict(zip(wanted, pool.map(read, wanted), strict=True))
+
+
+def _place(store: ts.TensorStore, spec: jax.ShapeDtypeStruct) -> jax.Array:
+    """An array on its sharding; what several devices hold is read once."""
+    kind = store.shape, store.dtype.numpy_dtype
+    if kind != (spec.shape, spec.dtype):
+        raise ValueError(f"it is {kind[1]}{list(kind[0])} on the disk, saved was {spec}")
+    parts: dict[str, np.ndarray] = {}
+
+    def part(index: Any) -> np.ndarray:
+        key = str(index)
+        if key not in parts:
+            parts[key] = store[index].read().result()
+        return parts[key]
+
+    return jax.make_array_from_callback(spec.shape, spec.sharding, part)
+
+
+def _base(folder: epath.Path) -> Tree | str:
+    """Where tensorstore finds the arrays' files."""
+    path = f"{folder / STATE}/"
+    return path if "://" in path else {"driver": "file", "path": path}
+
+
+def _array_spec(folder: epath.Path, name: str) -> Tree:
+    """What tensorstore calls an array: orbax writes zarr into one OCDBT database."""
+    place = {"driver": "ocdbt", "base": _base(folder), "path": name.replace("/", ".") + "/"}
+    return {"driver": "zarr", "kvstore": place}
 
 
 def each_array(
@@ -156,8 +201,7 @@ def files_of(folder: epath.Path, name: str) -> list[str]:
     """
     files: set[str] = set()
     try:
-        spec = {"driver": "file", "path": f"{folder / STATE}/"}  # of remote storage none is named
-        base = ts.KvStore.open(spec).result()
+        base = ts.KvStore.open(_base(folder)).result()
         newest = ts.ocdbt.dump(base).result()["versions"][-1]["root"]["location"]
         _collect(base, newest, name.replace("/", ".").encode() + b"/", b"", files)
     except Exception:  # the index itself is damaged, and the reason says so
@@ -174,7 +218,7 @@ def _collect(base: ts.KvStore, node: str, prefix: bytes, above: bytes, files: se
         if "location" in entry:  # a node below
             lower = above + entry["subtree_common_prefix"]
             _collect(base, entry["location"], prefix, lower, files)
-        elif (above + entry["key"]).startswith(prefix):
+        elif (above + entry["key"]).startswith(prefix) and not entry["key"].endswith(_SHAPE):
             files.add(_file(entry.get("indirect_value", node)))
 
 

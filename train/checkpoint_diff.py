@@ -53,7 +53,9 @@ def compare(a: Side, b: Side) -> Difference:
     common = [name for name, spec in a.specs.items() if _same(spec, b.specs, name)]
     require(bool(common), f"{a.folder} and {b.folder} have no array of the same name and shape")
     period = _period(common)
-    bases, experts, tables = [], _Experts(period), {"params": [], "router": [], "others": []}
+    bases: Rows = []
+    experts = _Experts(period)
+    tables: dict[str, Rows] = {"params": [], "router": [], "others": []}
     for name, x, y in zip(common, a.values(common), b.values(common), strict=True):
         tables[_table(name)].append(_change(name, x, y))
         if name.rpartition("/")[2] in BASIS_KEYS and _table(name) != "others":
