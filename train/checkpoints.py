@@ -14,6 +14,7 @@ data are read.
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import sys
 import time
@@ -27,7 +28,7 @@ from emoe_jax import stored
 from emoe_jax.checkpoint import ASIDE, CheckpointError, Checkpoints
 from emoe_jax.config import require
 from train import checkpoint_diff, cli, tables, weights
-from train.config import changed_keys
+from train.config import FROM_DATA, changed_keys, filled, freeze
 from train.provenance import MADE
 from train.run import CHECKPOINTS, CONFIG_FILE, MODEL_FILE, choose_step, read_json
 
@@ -161,8 +162,11 @@ def _model(folder: epath.Path, meta: dict[str, Any]) -> tuple[str, dict[str, Any
     run = pathlib.Path(folder).parents[1]
     if "model" not in meta:
         return "vit", read_json(run / MODEL_FILE)
-    config = meta[MADE]["config"] if MADE in meta else read_json(run / CONFIG_FILE)
-    return config["task"], meta["model"]
+    # Checkpoints from before they held the configuration lie beside it.
+    tree = meta[MADE]["config"] if MADE in meta else read_json(run / CONFIG_FILE)
+    config = freeze(filled(tree))
+    known = {name: meta["model"][name] for name in FROM_DATA[config.task]}
+    return config.task, dataclasses.asdict(config.model) | known
 
 
 def _diff(args: list[str], which: str) -> tuple[epath.Path, epath.Path]:

@@ -64,7 +64,7 @@ def test_the_run_goes_on_from_the_step_before_to_the_same_bits(finished, damaged
 
 def test_what_was_damaged_is_said_and_kept(finished, damaged):
     workdir, lines = damaged
-    (told,) = [line for line in lines if "damaged" in line]
+    (told,) = [line for line in lines if "is damaged" in line]
     assert told.startswith("the checkpoint of step 24 is damaged, now named 24.damaged: ")
     assert names(workdir) == ["16", "24", "24.damaged"]  # keep_last=2 counts whole ones alone
     for file in (finished.workdir / "checkpoints/24").rglob("*"):
