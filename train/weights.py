@@ -111,6 +111,8 @@ def read_model(source: pathlib.Path) -> EMoEViT:
         isinstance(config, ViTConfig),
         f"{source} is a language model; train.convert and init_from take Vision Transformers",
     )
-    model, _, router = pure.split(model_maker(config, 0)())
+    make = model_maker(config, 0)
+    _, router = jax.jit(pure.initializer(make))()
+    model, _, _ = pure.abstract_split(make)
     bound: EMoEViT = model.bind(jax.tree.map(jnp.asarray, params), router)
     return bound
