@@ -3,13 +3,15 @@
 A checkpoint is one step of one run. Orbax's `CheckpointManager` writes it in the background, each
 process its own shards, into a temporary folder which is renamed when everything is on the disk
 (on Google Cloud Storage: marked with a commit file), so a partial one is never listed. Two items
-are stored: `state`, the arrays, and `run`, one JSON object with the data position, the caller's
-`meta` and a digest of every array. Orbax keeps no checksum of array data; the digests make a
-damaged disk an error and not a silently different model.
+are stored: `state`, the arrays, and `run`, the record: one JSON object with the data position, the
+caller's `meta` and every array's global shape, dtype and digest, sealed by a hash (see `manifest`,
+also for why digests are of whole arrays). Orbax keeps no checksum of array data; the record, which
+is there before the step is, makes a damaged disk an error and not a silently different model.
 
 Nothing in a checkpoint depends on the number of processes: digests are of whole arrays (each
 process adds up the elements that it holds, see `manifest.digest`), and the data position is that of
 the run. Each process checks what it has read, and damage that one of them finds is an error on all.
+A damaged step is never deleted: `set_aside` renames it, so that it no longer counts as a step.
 
 A train state is a plain nested dict of `jax.Array`. Tuples, lists, None and objects such as optax
 states are refused: the caller turns them into dicts, so that no library's classes are needed to
@@ -19,35 +21,39 @@ in messages. Empty dicts are allowed and not compared.
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers as policies
 
-from emoe_jax.manifest import check_array, check_spec, describe, digests, flatten, nest
+from emoe_jax import stored
+from emoe_jax.failures import (
+    CheckpointDamaged,
+    CheckpointError,
+    CheckpointMismatch,
+    check_same,
+    none_whole,
+    not_read,
+    not_written,
+)
+from emoe_jax.manifest import check_array, check_spec, entries, flatten, nest, seal
 from emoe_jax.multihost import gather_texts
+from emoe_jax.positions import as_json, read_position, whole_position
+from emoe_jax.retention import Manager
 
+__all__ = ["CheckpointDamaged", "CheckpointError", "CheckpointMismatch", "Checkpoints"]
+
+T = TypeVar("T")
 Tree = dict[str, Any]
 
-_STATE = "state"
-_RUN = "run"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, or what was read is not what was written."""
-
-
-class CheckpointMismatch(ValueError):  # noqa: N818  (the public name says what is wrong)
-    """A checkpoint holds arrays of other names, shapes or dtypes than the model that asks."""
+ASIDE = ".damaged"
+"""What follows the step in the name of a folder that was set aside."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,20 @@ class Restored:
     meta: Tree
 
 
+class Newest(NamedTuple):
+    """The newest whole step.
+
+    Attributes:
+        step: its number.
+        restored: what it held.
+        damaged: steps after it, each with what is wrong with it.
+    """
+
+    step: int
+    restored: Restored
+    damaged: dict[int, str]
+
+
 class Checkpoints:
     """The checkpoints of one run, in one directory; a context manager.
 
@@ -76,6 +96,7 @@ class Checkpoints:
         every: `save` writes at multiples of this many steps (and when the machine announces its
             preemption, and when forced).
         keep_last: how many of the newest steps are kept.
+        keep_every: multiples of this many steps are kept for ever besides; 0 for none.
         keep_best: how many of the best steps are kept besides; True is 1, False or 0 is none.
         best_metric: the name among `save`'s metrics that decides; lower is better.
         read_only: write and delete nothing, not even the rests of interrupted saves.
@@ -91,23 +112,27 @@ class Checkpoints:
         *,
         every: int,
         keep_last: int = 3,
+        keep_every: int = 0,
         keep_best: bool | int = 1,
         best_metric: str = "eval/loss",
         read_only: bool = False,
     ) -> None:
         counts = {"every": (every, 1), "keep_last": (keep_last, 1), "keep_best": (keep_best, 0)}
-        for name, (value, least) in counts.items():
+        for name, (value, least) in (counts | {"keep_every": (keep_every, 0)}).items():
             if value < least:
                 raise ValueError(f"{name}={value} must be at least {least}.")
         path = os.fspath(directory)
         self._every = every
         self._read_only = read_only
-        self._best_metric = best_metric
         self._pending: int | None = None
-        self._manager = ocp.CheckpointManager(
+        self._manager = Manager(
             path if "://" in path else os.path.abspath(os.path.expanduser(path)),
-            options=_options(every, keep_last, int(keep_best), self._badness, read_only),
-            handler_registry=_registry(),
+            every=every,
+            keep_last=keep_last,
+            keep_every=keep_every,
+            keep_best=int(keep_best),
+            best_metric=best_metric,
+            read_only=read_only,
         )
         self.directory = self._manager.directory
         if not self.directory.exists():
@@ -179,10 +204,14 @@ class Checkpoints:
         # What the processes tell each other below must not run beside the step that makes these:
         # on CPU, two programs of several processes may wait for each other forever.
         jax.block_until_ready(arrays)
-        _json("meta", meta)
-        run = {"meta": meta, "data_state": _whole(data_state), "digests": digests(arrays)}
+        as_json("meta", meta)
         finite = {k: float(v) for k, v in (metrics or {}).items() if math.isfinite(v)}
-        items = {_STATE: ocp.args.PyTreeSave(nest(arrays)), _RUN: ocp.args.JsonSave(run)}
+        content = {"meta": meta, "data_state": whole_position(data_state), "metrics": finite}
+        record = seal(content | {"arrays": entries(arrays)})
+        items = {
+            stored.STATE: ocp.args.PyTreeSave(nest(arrays)),
+            stored.RUN: ocp.args.JsonSave(record),
+        }
         try:
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=finite, force=True)
         except Exception as error:
@@ -201,7 +230,8 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """The step of lowest `best_metric` (the later of equals); None if no step has it."""
-        scores = {step: self._badness(self._manager.metrics(step)) for step in self.all_steps()}
+        manager = self._manager
+        scores = {step: manager.badness(manager.metrics(step)) for step in self.all_steps()}
         finite = {step: score for step, score in scores.items() if math.isfinite(score)}
         return min(finite, key=lambda step: (finite[step], -step), default=None)
 
@@ -210,9 +240,10 @@ class Checkpoints:
 
         Raises:
             FileNotFoundError: no such step.
-            CheckpointError: the file cannot be read.
+            CheckpointDamaged: it cannot be read.
         """
-        return self._read_run(step)["meta"]
+        meta: Tree = self._read_record(step)["meta"]
+        return meta
 
     def restore(self, step: int, abstract: Tree, *, partial: bool = False) -> Restored:
         """Reads a step onto the given shardings, whatever mesh wrote it.
@@ -231,23 +262,17 @@ class Checkpoints:
             ValueError: `abstract` is no such tree.
             CheckpointMismatch: names, shapes or dtypes differ; all of them are listed. Nothing
                 has been read then.
-            CheckpointError: the data cannot be read, or is not what was saved.
+            CheckpointDamaged: the data cannot be read, or is not what was saved.
         """
         wanted = flatten(abstract, check_spec)
         if not wanted:
             raise ValueError("The abstract tree names no array; give the tree of the train state.")
-        run = self._read_run(step)
-        self._compare(step, wanted, partial)
-        item = nest(wanted)
-        args = ocp.args.PyTreeRestore(
-            item=item,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(item),
-            partial_restore=partial,
-        )
-        with self._reading(step):
-            tree = self._manager.restore(step, args=ocp.args.Composite(state=args))[_STATE]
-        arrays = flatten(tree, check_array)
-        here = [k for k, v in digests(arrays).items() if v != run["digests"][k]]
+        record = self._read_record(step)
+        folder = self.directory / str(step)
+        specs = self._agreed(step, lambda: stored.read_specs(folder, record))
+        check_same(self.directory, step, specs, wanted, partial)
+        arrays = self._agreed(step, lambda: stored.read_arrays(folder, wanted))
+        here = stored.changed_arrays(record, arrays)
         # Copies that several processes hold are read by each: all must know of one that is bad.
         changed = sorted({k for names in gather_texts(json.dumps(here)) for k in json.loads(names)})
         if changed:
@@ -255,7 +280,63 @@ class Checkpoints:
         filled = jax.tree.map_with_path(
             lambda path, _: arrays["/".join(part.key for part in path)], abstract
         )
-        return Restored(filled, None if partial else _positions(run["data_state"]), run["meta"])
+        position = None if partial else read_position(record["data_state"])
+        return Restored(filled, position, record["meta"])
+
+    def restore_newest(self, abstract: Tree) -> Newest:
+        """Reads the newest step that is whole, as `restore` does; nothing is renamed yet.
+
+        Raises:
+            FileNotFoundError: there is no step.
+            CheckpointMismatch: see `restore`; older steps are not tried then.
+            CheckpointError: no step is whole; says what is wrong with each.
+        """
+        # A process may see a folder's new content late: all take what the first one sees.
+        steps = json.loads(gather_texts(json.dumps(self.all_steps()))[0])
+        if not steps:
+            raise FileNotFoundError(f"There is no checkpoint in {self.directory}.")
+        damaged: dict[int, str] = {}
+        for step in reversed(steps):
+            try:
+                return Newest(step, self.restore(step, abstract), damaged)
+            except CheckpointDamaged as error:
+                damaged[step] = error.reason
+        raise none_whole(self.directory, damaged)
+
+    def set_aside(self, steps: Collection[int]) -> list[str]:
+        """Renames damaged steps, which then count as no steps; nothing is deleted.
+
+        Every process calls it; the first renames.
+
+        Returns:
+            The folders' new names, of each the step and `ASIDE`.
+
+        Raises:
+            CheckpointError: a folder cannot be renamed.
+        """
+        names, error = [], ""
+        if jax.process_index() == 0:
+            try:
+                names = [self._rename(step) for step in steps]
+            except OSError as caught:
+                error = stored.reason(caught)
+        names, error = json.loads(gather_texts(json.dumps([names, error]))[0])
+        if error:
+            raise CheckpointError(
+                f"Damaged checkpoints in {self.directory} could not be renamed ({error}). Move "
+                f"{', '.join(map(str, steps))} away from there and start again."
+            )
+        self._manager.reload()
+        return list(names)
+
+    def _rename(self, step: int) -> str:
+        """Gives a step's folder a name that is free."""
+        name, number = f"{step}{ASIDE}", 1
+        while (self.directory / name).exists():
+            number += 1
+            name = f"{step}{ASIDE}-{number}"
+        (self.directory / str(step)).rename(self.directory / name)
+        return name
 
     def wait(self) -> None:
         """Waits until the save in progress is complete.
@@ -282,138 +363,38 @@ class Checkpoints:
         finally:
             self._manager.close()
 
-    def _badness(self, metrics: Mapping[str, float] | None) -> float:
-        """The number that `best_metric` ranks by; infinity where it was not measured."""
-        return (metrics or {}).get(self._best_metric, math.inf)
-
-    def _read_run(self, step: int) -> Tree:
-        """The JSON object of a step."""
+    def _read_record(self, step: int) -> Tree:
+        """The record of a step."""
         steps = self.all_steps()
         if step not in steps:
             raise FileNotFoundError(
                 f"There is no checkpoint of step {step} in {self.directory}; "
                 f"there are {steps or 'none'}. Choose one of them, or another --workdir."
             )
-        with self._reading(step):
-            args = ocp.args.Composite(run=ocp.args.JsonRestore())
-            return dict(self._manager.restore(step, args=args)[_RUN])
+        return self._agreed(step, lambda: stored.read_record(self.directory / str(step)))
 
-    def _compare(self, step: int, wanted: Mapping[str, Any], partial: bool) -> None:
-        """Raises CheckpointMismatch unless the stored names, shapes and dtypes are as wanted."""
-        with self._reading(step):
-            tree = self._manager.item_metadata(step)[_STATE].tree
-        stored = flatten(tree, lambda name, leaf: None)
-        tops = {name.partition("/")[0] for name in wanted}
-        lines = []
-        for name in sorted(wanted.keys() | stored.keys()):
-            there, here = describe(stored.get(name)), describe(wanted.get(name))
-            if there != here and not (partial and name.partition("/")[0] not in tops):
-                lines.append(f"  {name}: {there} in the checkpoint, {here} in this model\n")
-        if lines:
-            raise CheckpointMismatch(
-                f"Step {step} in {self.directory} holds another model than this configuration "
-                f"describes ({len(lines)} differences):\n{''.join(lines)}"
-                "Use another --workdir, or the configuration that this one was made with."
-            )
+    def _agreed(self, step: int, read: Callable[[], T]) -> T:
+        """What `read` returns here; what fails in one process is an error in all of them.
 
-    @contextmanager
-    def _reading(self, step: int) -> Iterator[None]:
-        """Says which step could not be read, and what else there is, whatever orbax raises."""
+        It must not wait for other processes: one that failed would leave them waiting.
+        """
+        error: Exception | None = None
         try:
-            yield
-        except Exception as error:
-            raise self._read_failure(step, _first_line(error)) from error
+            value = read()
+        except Exception as caught:
+            error = caught
+        told = {text for text in gather_texts(stored.reason(error) if error else "") if text}
+        if told:
+            raise self._read_failure(step, "; ".join(sorted(told))) from error
+        return value
 
     def _write_failure(self, step: int, error: Exception) -> CheckpointError:
         """The error of a failed save; forgets the step, which orbax had listed already."""
         with suppress(OSError):  # the directory itself may be gone
             self._manager.reload()
-        kept = sorted(self._manager.all_steps())
-        try:
-            free = f"{shutil.disk_usage(os.fspath(self.directory)).free:,} bytes free"
-        except OSError:  # remote storage
-            free = "free bytes unknown"
-        return CheckpointError(
-            f"The checkpoint of step {step} could not be written to {self.directory} ({free}): "
-            f"{_first_line(error)}. "
-            f"The checkpoints of earlier steps {kept} are intact. Free space there, keep fewer "
-            "checkpoints, or use a --workdir on a larger disk, and start again to resume."
-        )
+        return not_written(self.directory, step, sorted(self._manager.all_steps()), error)
 
-    def _read_failure(self, step: int, reason: str) -> CheckpointError:
+    def _read_failure(self, step: int, reason: str) -> CheckpointDamaged:
         """The error of a step that is listed but cannot be used."""
         others = [s for s in self.all_steps() if s != step]
-        return CheckpointError(
-            f"The checkpoint of step {step} could not be read: {reason}. If its files are damaged, "
-            f"move the folder {self.directory / str(step)} away and resume from another step "
-            f"({others or 'there is none'})."
-        )
-
-
-def _options(
-    every: int, keep_last: int, keep_best: int, badness: Callable[[Any], float], read_only: bool
-) -> ocp.CheckpointManagerOptions:
-    """Orbax's options; `badness` ranks metrics, the lowest being kept."""
-    if read_only:
-        # Given as orbax would set them: it logs a warning for each that it has to change.
-        return ocp.CheckpointManagerOptions(save_interval_steps=0, create=False, read_only=True)
-    due = [policies.FixedIntervalPolicy(every), policies.PreemptionCheckpointingPolicy()]
-    best = policies.BestN(get_metric_fn=badness, reverse=True, n=keep_best)
-    return ocp.CheckpointManagerOptions(
-        best_fn=badness,  # orbax stores metrics only where there is one
-        cleanup_tmp_directories=True,
-        # A folder that cannot be made is then an error at once; in the background, the writers
-        # would wait for it until orbax's timeout of many minutes.
-        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-        save_decision_policy=policies.AnySavePolicy(due),
-        preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep_last), best]),
-    )
-
-
-def _registry() -> ocp.handlers.CheckpointHandlerRegistry:
-    """Names the two items, so that a new process can read what an earlier one wrote."""
-    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    for args in (ocp.args.PyTreeSave, ocp.args.PyTreeRestore):
-        registry.add(_STATE, args)
-    for args in (ocp.args.JsonSave, ocp.args.JsonRestore):
-        registry.add(_RUN, args)
-    return registry
-
-
-def _json(name: str, value: Any) -> str:
-    """A value as JSON, or `ValueError` where it is none."""
-    try:
-        return json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} must be a JSON object: {error}.") from error
-
-
-def _whole(data_state: Mapping[str, Any]) -> Tree:
-    """The positions of all shards, from what each process knows of some."""
-    whole: Tree = {}
-    owner: dict[str, int] = {}
-    for process, text in enumerate(gather_texts(_json("data_state", dict(data_state)))):
-        for shard, position in json.loads(text).items():
-            if whole.setdefault(shard, position) != position:
-                raise ValueError(
-                    f"Processes {owner[shard]} and {process} are at different positions in data "
-                    f"shard {shard!r}: they have not read the same batches."
-                )
-            owner.setdefault(shard, process)
-    return whole
-
-
-def _positions(stored: Tree | list[str]) -> Tree:
-    """Positions by shard, also of a checkpoint from before there were shards.
-
-    Those hold one position for each process, JSON in base64; process i read what is shard i now.
-    """
-    if isinstance(stored, dict):
-        return stored
-    return {str(i): json.loads(base64.b64decode(text)) for i, text in enumerate(stored)}
-
-
-def _first_line(error: Exception) -> str:
-    """What failed, without tensorstore's dump of its configuration."""
-    text = (str(error).splitlines() or [""])[0].partition(" [tensorstore_spec=")[0]
-    return f"{type(error).__name__}: {text[:400]}"
+        return not_read(self.directory, step, others, reason)

@@ -1,13 +1,15 @@
 """Checkpoints: what is restored is what was saved, and what cannot be is said in words."""
 
 import errno
+import json
 import os
 import resource
+import shutil
 import socket
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,9 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from emoe_jax.checkpoint import CheckpointError, CheckpointMismatch, Checkpoints
+from emoe_jax import stored
+from emoe_jax.checkpoint import (
+    CheckpointDamaged,
+    CheckpointError,
+    CheckpointMismatch,
+    Checkpoints,
+)
+from emoe_jax.manifest import unseal
 
 ROOT = Path(__file__).parents[1]
 MESH_SHAPE = (2, 4)
@@ -150,6 +160,13 @@ def test_the_last_two_and_the_best_are_kept(tmp_path: Path) -> None:
         assert checkpoints.best_step() == 7
 
 
+def test_every_nth_step_is_kept_for_ever(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path, every=1, keep_last=1, keep_every=3, keep_best=0) as checkpoints:
+        for step in range(1, 9):
+            save(checkpoints, step)
+        assert checkpoints.all_steps() == [3, 6, 8]
+
+
 def test_without_keep_best_only_the_last_are_kept(tmp_path: Path) -> None:
     with Checkpoints(tmp_path, every=1, keep_last=2, keep_best=False) as checkpoints:
         for step in (1, 2, 3):
@@ -268,7 +285,9 @@ def test_a_spec_without_sharding_is_refused(tmp_path: Path) -> None:
             checkpoints.restore(1, {}, partial=True)
 
 
-@pytest.mark.parametrize("wrong", [{"every": 0}, {"keep_last": 0}, {"keep_best": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"every": 0}, {"keep_last": 0}, {"keep_best": -1}, {"keep_every": -1}]
+)
 def test_counts_out_of_range_are_refused(tmp_path: Path, wrong: dict) -> None:
     ((name, value),) = wrong.items()
     with pytest.raises(ValueError, match=f"{name}={value} must be at least"):
@@ -418,40 +437,159 @@ def test_a_directory_that_is_gone_is_a_checkpoint_error(tmp_path: Path) -> None:
     checkpoints.close()
 
 
+def noise() -> dict:
+    """An array too large and too random for the index, and a small one that lies in it."""
+    return {"w": jax.random.normal(jax.random.key(0), (2000,)), "b": jnp.ones(3)}
+
+
+def delete(file: Path) -> None:
+    file.unlink()
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def files(folder: Path) -> dict[str, Path]:
+    """Files of a step, by a name that is the same in every step."""
+    there = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path for path in there}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Step 1, and step 2 of other values, both whole."""
+    folder = tmp_path_factory.mktemp("saved")
+    with Checkpoints(folder, every=1) as checkpoints:
+        for step in (1, 2):
+            tree = jax.tree.map(lambda x, n=step: x * n, noise())
+            save(checkpoints, step, tree, data_state={"0": step}, metrics={"eval/loss": 1.0 / step})
+    return folder
+
+
+@pytest.mark.parametrize("damage", [delete, truncate, flip])
+def test_whatever_file_is_damaged_what_is_restored_was_saved(
+    saved: Path, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    """Of the files of the newest step all that matter are missed, and none changes a value."""
+    wanted, missed = on_one_device(noise()), set()
+    for name in files(saved / "2"):
+        folder = tmp_path / name.replace("/", "_")
+        shutil.copytree(saved, folder)
+        damage(folder / "2" / name)
+        with Checkpoints(folder, every=1, read_only=True) as checkpoints:
+            assert checkpoints.best_step() == (1 if name == "run/metadata" else 2)
+            step, restored, damaged = checkpoints.restore_newest(wanted)
+        assert list(damaged) == ([2] if step == 1 else [])
+        missed |= {name} if step == 1 else set()
+        expected = jax.tree.map(lambda x, n=step: x * n, noise())
+        chex.assert_trees_all_equal(restored.train_state, expected)
+        assert restored.data_state == {"0": step}
+        shutil.rmtree(folder)
+    assert {"run/metadata", "state/manifest.ocdbt"} < missed
+    (values,) = stored.files_of(epath.Path(saved / "2"), "w")
+    (index,) = stored.files_of(epath.Path(saved / "2"), "b")
+    assert {values, index} < missed
+
+
+def test_every_byte_of_the_record_counts(saved: Path, tmp_path: Path) -> None:
+    file = tmp_path / "2" / "run" / "metadata"
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    whole = file.read_bytes()
+    assert unseal(json.loads(whole))["data_state"] == {"0": 2}
+    for place in range(len(whole)):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises((ValueError, KeyError)):
+            stored.read_record(epath.Path(tmp_path / "2"))
+
+
+def test_damaged_steps_are_renamed_and_no_longer_counted(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    wanted = on_one_device(noise())
+    with Checkpoints(tmp_path, every=1, keep_last=2, keep_best=0) as checkpoints:
+        for name in ("2.damaged", "2.damaged-2"):
+            flip(tmp_path / "2" / "run" / "metadata")
+            _, restored, damaged = checkpoints.restore_newest(wanted)
+            assert checkpoints.set_aside(damaged) == [name]
+            assert checkpoints.all_steps() == [1]
+            assert save(checkpoints, 2, restored.train_state)
+            checkpoints.wait()
+        save(checkpoints, 3, restored.train_state)
+        assert checkpoints.all_steps() == [2, 3]  # two are kept, and neither is a damaged one
+    with Checkpoints(tmp_path, every=1) as checkpoints:
+        assert checkpoints.restore_newest(wanted).step == 3
+    names = ["2", "2.damaged", "2.damaged-2", "3"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_where_no_step_is_whole_all_are_named_and_none_is_moved(
+    saved: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    flip(tmp_path / "2" / "run" / "metadata")
+    delete(tmp_path / "1" / "state" / "manifest.ocdbt")
+    with Checkpoints(tmp_path, every=1) as checkpoints:
+        with pytest.raises(CheckpointError) as caught:
+            checkpoints.restore_newest(on_one_device(noise()))
+        assert checkpoints.all_steps() == [1, 2]
+    first, two, one, advice = str(caught.value).splitlines()
+    assert first == f"No checkpoint in {tmp_path} is whole:"
+    assert two.startswith("  step 2: ")
+    assert one.startswith("  step 1: ValueError: NOT_FOUND: ")
+    assert advice.startswith("Nothing was moved or deleted. Put a copy")
+
+
+def test_another_model_is_no_damage(saved: Path) -> None:
+    wanted = on_one_device({"w": jnp.ones(4)})
+    with (
+        Checkpoints(saved, every=1, read_only=True) as checkpoints,
+        pytest.raises(CheckpointMismatch, match="Step 2"),
+    ):
+        checkpoints.restore_newest(wanted)
+
+
+def test_a_folder_that_cannot_be_renamed_is_told(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Checkpoints, "_rename", lambda *_: deny())
+    with (
+        Checkpoints(saved, every=1, read_only=True) as checkpoints,
+        pytest.raises(
+            CheckpointError, match=r"could not be renamed \(PermissionError.*Move 2 away"
+        ),
+    ):
+        checkpoints.set_aside([2])
+
+
+def deny() -> None:
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
 def test_bits_that_changed_after_the_save_are_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a disk does silently where the compressor's own checks do not see it."""
     with Checkpoints(tmp_path, every=1) as checkpoints:
         with monkeypatch.context() as later:
-            later.setattr("emoe_jax.checkpoint.digests", lambda arrays: dict.fromkeys(arrays, 1))
+            later.setattr("emoe_jax.manifest.digests", lambda arrays: dict.fromkeys(arrays, 1))
             save(checkpoints, 1, {"a": {"w": jnp.ones(3)}, "one": jnp.int32(1)})
         with pytest.raises(CheckpointError, match=r"read: a/w hold other bits than were saved"):
             checkpoints.restore(1, on_one_device({"a": {"w": jnp.ones(3)}, "one": jnp.int32(1)}))
 
 
-def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
-    noise = {"w": jax.random.normal(jax.random.key(0), (100_000,)), "b": jnp.ones(3)}
+def test_a_damaged_step_is_told_with_those_that_are_left(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    delete(tmp_path / "2" / "run" / "metadata")
     with Checkpoints(tmp_path, every=1) as checkpoints:
-        save(checkpoints, 1, noise)
-        save(checkpoints, 2, noise)
-        checkpoints.wait()
-        largest = max((tmp_path / "2").rglob("*"), key=lambda p: p.is_file() and p.stat().st_size)
-        data = bytearray(largest.read_bytes())
-        data[len(data) // 2] ^= 1
-        largest.write_bytes(data)
-        with pytest.raises(CheckpointError, match=r"step 2 could not be read: .*\(\[1\]\)"):
-            checkpoints.restore(2, on_one_device(noise))
-        chex.assert_trees_all_equal(checkpoints.restore(1, on_one_device(noise)).train_state, noise)
-
-
-def test_a_lost_file_is_a_damaged_checkpoint(tmp_path: Path) -> None:
-    with Checkpoints(tmp_path, every=1) as checkpoints:
-        save(checkpoints, 1)
-        checkpoints.wait()
-        (tmp_path / "1" / "run" / "metadata").unlink()
-        with pytest.raises(CheckpointError, match=r"step 1 could not be read.*there is none"):
-            checkpoints.restore(1, on_one_device(state()))
+        words = r"step 2 could not be read: FileNotFoundError: .*metadata not found\. .*\(\[1\]\)"
+        with pytest.raises(CheckpointDamaged, match=words):
+            checkpoints.restore_meta(2)
 
 
 TWO = """
@@ -480,10 +618,10 @@ TWO = """
         position = {"all": {"next": 4}, "0": "", "1": "x" * 3000}
         assert restored.data_state == position, restored.data_state
         if process == 1:  # the only one that sees other bits than were saved
-            import emoe_jax.checkpoint
-            digests = emoe_jax.checkpoint.digests
+            import emoe_jax.stored
+            digests = emoe_jax.stored.digests
             other = lambda arrays: {k: v + 1 for k, v in digests(arrays).items()}
-            emoe_jax.checkpoint.digests = other
+            emoe_jax.stored.digests = other
         try:
             checkpoints.restore(2, {"w": spec})
             raise SystemExit("damage was restored")

@@ -38,19 +38,30 @@ class CheckpointConfig:
 
     Attributes:
         every: steps between checkpoints; the last step is always saved.
-        keep_last: how many of the newest are kept.
+        keep_last: how many of the newest are kept; damaged ones that were set aside do not count.
+        keep_every: multiples of this many steps are kept for ever besides, 0 for none; a multiple
+            of `every`.
         keep_best: how many of the best by held-out loss are kept besides, among those written at a
             step that is evaluated (a multiple of eval_every).
     """
 
     every: int = 200
     keep_last: int = 2
+    keep_every: int = 0
     keep_best: int = 1
 
     def __post_init__(self) -> None:
         """Checks the values."""
         require_positive(every=self.every, keep_last=self.keep_last)
-        require(self.keep_best >= 0, f"checkpoint.keep_best={self.keep_best} is below zero")
+        for name in ("keep_best", "keep_every"):
+            value = getattr(self, name)
+            require(value >= 0, f"checkpoint.{name}={value} is below zero")
+        require(
+            self.keep_every % self.every == 0,
+            f"checkpoint.keep_every={self.keep_every} is no multiple of checkpoint.every="
+            f"{self.every}, so those steps are not all saved; set checkpoint.keep_every to"
+            f" {-(-self.keep_every // self.every) * self.every}",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,10 +271,14 @@ def freeze(config: Mapping[str, Any]) -> ExperimentConfig:
     return _build(ExperimentConfig, tree | {"model": _build(model_class, model), "data": data})
 
 
-def vit_from_tree(tree: Mapping[str, Any]) -> ViTConfig:
-    """A Vision Transformer's configuration from `dataclasses.asdict` of it, read back from JSON."""
-    model: ViTConfig = _build(ViTConfig, tree)
-    return model
+def model_from_tree(task: str, tree: Mapping[str, Any]) -> Any:
+    """A model's configuration from `dataclasses.asdict` of it, read back from JSON.
+
+    Raises:
+        ValueError: an unknown task or key.
+    """
+    require(task in TASKS, f"task={task!r} is not known; choose one of {', '.join(TASKS)}")
+    return _build(TASKS[task][0], tree)
 
 
 def with_vocab(config: ExperimentConfig, vocab_size: int) -> ExperimentConfig:

@@ -3,7 +3,8 @@
 From PyTorch: SOURCE is a `.safetensors` or `.pth` file, a folder with model.safetensors, or a Hub
 repository; TARGET a folder, which gets `model.json` and a checkpoint (`--config.init_from=TARGET`
 trains from it). `--set` tells what the weights do not: num_heads, and the release's MoEConfig but
-for what a config.json beside them tells, such as --set num_heads=12 --set router_mode=top1.
+for what a config.json beside them tells, such as --set num_heads=12 --set router_mode=top1. What
+`python -m train.checkpoints export` wrote of a Vision Transformer is a SOURCE as well.
 
 To PyTorch: SOURCE is such a folder, or that of a run; TARGET a `.safetensors` file that the
 release's (or, without experts, timm's) load_state_dict takes with strict=True. The config.json that
@@ -23,8 +24,9 @@ from absl import flags
 from emoe_jax import interop, pure
 from emoe_jax.config import require
 from emoe_jax.interop import files, mapping
+from emoe_jax.manifest import flatten
 from emoe_jax.models import EMoEViT
-from train import cli, tables
+from train import cli, tables, weights
 from train.config import to_json
 from train.run import is_saved_model, load_model, read_model_config, save_model
 
@@ -42,6 +44,14 @@ def to_ours(source: str, target: pathlib.Path, told: dict[str, Any]) -> Rows:
         not target.exists() or (target.is_dir() and not any(target.iterdir())),
         f"--to={target} exists and is not empty; nothing is overwritten: name another folder",
     )
+    if weights.is_ours(pathlib.Path(source)):
+        require(not told, f"{source} tells of its model itself: leave out --set")
+        model = weights.read_model(pathlib.Path(source))
+        save_model(target, model)
+        return [
+            {"tensor": name, "shape": str(leaf.shape), "array": name}
+            for name, leaf in flatten(pure.split(model)[1], lambda *_: None).items()
+        ]
     model = interop.load(source, told)
     save_model(target, model)
     return mapped(model)

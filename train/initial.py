@@ -1,7 +1,8 @@
 """The weights that a Vision Transformer starts from: those of another run, or of PyTorch.
 
-`init_from` names the folder of a run or of `python -m train.convert`, or what
-`emoe_jax.interop.initial_params` reads: a file, a folder or a Hub name in PyTorch format. Only the
+`init_from` names the folder of a run or of `python -m train.convert`, what `python -m
+train.checkpoints export` wrote, or what `emoe_jax.interop.initial_params` reads: a file, a folder
+or a Hub name in PyTorch format. Only the
 parameters are taken, and only those that fit; the rest starts anew.
 """
 
@@ -22,6 +23,7 @@ from emoe_jax.config import ViTConfig, require
 from emoe_jax.interop.vit import fit_positions
 from emoe_jax.optim import partition
 from emoe_jax.routers import router_class
+from train import weights
 from train.run import Run, is_saved_model, load_model
 
 Tree = Any
@@ -46,7 +48,10 @@ def initial_params(run: Run) -> tuple[Tree, list[str]]:
     assert isinstance(model, ViTConfig)
     folder = pathlib.Path(source).expanduser()
     if is_saved_model(folder):
-        taken, notes = _from_folder(folder, run)
+        taken, notes = _fitting(run, *_newest(folder))
+        notes = [f"the newest checkpoint in {folder}", *notes]
+    elif weights.is_ours(folder):
+        taken, notes = _fitting(run, *weights.read_weights(folder))
     else:
         _check_folder(folder)
         taken, notes = interop.initial_params(str(folder), model, run.abstract["params"])
@@ -100,21 +105,30 @@ def _check_folder(folder: pathlib.Path) -> None:
     )
 
 
-def _from_folder(folder: pathlib.Path, run: Run) -> tuple[Tree, list[str]]:
-    """Takes what fits from the newest checkpoint in a folder of ours."""
+def _newest(folder: pathlib.Path) -> tuple[ViTConfig, Tree]:
+    """Configuration and parameters of the newest checkpoint in a folder of ours."""
     model = load_model(folder)
-    assert isinstance(run.config.model, ViTConfig)
     _, params, _ = pure.split(model)
-    source, resized = with_positions(jax.device_get(params), model.config, run.config.model)
+    return model.config, jax.device_get(params)
+
+
+def _fitting(run: Run, there: Any, params: Tree) -> tuple[Tree, list[str]]:
+    """Takes what fits of the parameters of a model of ours."""
+    here, origin = run.config.model, run.config.init_from
+    require(
+        isinstance(there, ViTConfig), f"init_from={origin} is a language model; name one of images"
+    )
+    assert isinstance(here, ViTConfig)
+    source, resized = with_positions(params, there, here)
     target = run.abstract["params"]
-    if router_class(run.config.model.moe.router).CALIBRATES:
+    if router_class(here.moe.router).CALIBRATES:
         # Their weights mean something in the coordinates of running statistics, drawn anew here.
         source, target = without_routers(source), without_routers(target)
         resized = [*resized, "routers start anew: their running statistics are those of a run"]
     taken, notes = matching(source, target)
     notes = resized + notes
-    require(bool(taken), f"init_from={folder} holds no parameter that fits: {'; '.join(notes)}")
-    return taken, [f"the newest checkpoint in {folder}", *notes]
+    require(bool(taken), f"init_from={origin} holds no parameter that fits: {'; '.join(notes)}")
+    return taken, notes
 
 
 def with_positions(source: Tree, there: ViTConfig, here: ViTConfig) -> tuple[Tree, list[str]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 import pathlib
 from typing import Any, NamedTuple
@@ -15,8 +13,6 @@ from ml_collections import config_dict
 
 from emoe_jax.checkpoint import Checkpoints
 from emoe_jax.config import (
-    BASIS_ROUTERS,
-    BasisConfig,
     LMConfig,
     MoEConfig,
     ViTConfig,
@@ -28,8 +24,8 @@ from emoe_jax.dispatch.selfcheck import check_exchange
 from emoe_jax.grouped import resolve_backend
 from emoe_jax.optim import partition
 from emoe_jax.sharding import replicated
-from train import cluster, sample
-from train.config import ExperimentConfig, changed_keys, digest, freeze, merged, to_json
+from train import cluster, provenance, sample
+from train.config import ExperimentConfig, changed_keys, digest, freeze, to_json
 from train.data.text import TextData
 from train.evaluate import (
     Evaluator,
@@ -90,14 +86,13 @@ def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[Scalars,
             config.batch, seed=config.seed, rows=run.rows(config.batch)
         )
         example = _example(batches)
-        resumed = checkpoints.latest_step()
-        forward = None
+        state, resumed, forward = None, None, None
+        if checkpoints.latest_step() is not None:
+            state, resumed = _resume(run, checkpoints, workdir, batches)
         if resumed != config.steps:
             forward = compile_forward(run, example, resumed=resumed is not None)
         if resumed is None:
             state = calibrate(run, forward, _start(run))
-        else:
-            state = _resume(run, checkpoints, resumed, batches)
         _write_config(tree, workdir)
 
         # ------------------------------------------------------------ training, unless it is done
@@ -113,7 +108,8 @@ def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[Scalars,
             )
             with log, _Compilations() as counter:
                 passes = compiled, forward, evaluator
-                parts = _Parts(run, batches, *passes, checkpoints, log, counter)
+                meta = provenance.meta(tree, config, workdir)
+                parts = _Parts(run, batches, *passes, checkpoints, meta, log, counter)
                 state, result = _steps(parts, state, resumed or 0)
         batches.close()
     scalars, rows = result or evaluate(run, evaluator, state)
@@ -227,68 +223,29 @@ def _start(run: Run) -> Tree:
     return state | {"params": place_params(state["params"], taken)}
 
 
-def _resume(run: Run, checkpoints: Checkpoints, step: int, batches: Any) -> Tree:
-    """The training state of a checkpoint; moves the batches to its position."""
-    workdir = checkpoints.directory.parent
+def _resume(
+    run: Run, checkpoints: Checkpoints, workdir: pathlib.Path, batches: Any
+) -> tuple[Tree, int]:
+    """State and step of the newest whole checkpoint; moves the batches to its position.
+
+    Newer ones, which are damaged, are set aside once it is clear that the run goes on without them.
+    """
+    step, restored, damaged = checkpoints.restore_newest(run.abstract)
     require(
         run.config.steps >= step,
         f"steps={run.config.steps}, but {workdir} is at step {step} already; set steps to {step} or"
         " more, or use another --workdir",
     )
-    restored = checkpoints.restore(step, run.abstract)
-    # A key that did not exist when the run began has the value that changes nothing, its default.
-    plain = dataclasses.replace(
-        run.config, model=type(run.config.model)(), data=type(run.config.data)()
-    )
-    before = _settled(merged(_whole_identity(plain), restored.meta))
-    changed = changed_keys(before, identity(run.config))
-    require(
-        not changed,
-        f"{workdir} holds a run of another model or of other data, in which its weights and its"
-        f" position in the data mean something else ({'; '.join(changed)}); set these keys back,"
-        " or use another --workdir",
-    )
+    provenance.check(run.config, restored.meta, workdir)
+    for (bad, why), name in zip(damaged.items(), checkpoints.set_aside(damaged), strict=True):
+        LOGGER.warning("the checkpoint of step %d is damaged, now named %s: %s", bad, name, why)
     assert restored.data_state is not None
     batches.set_state(restored.data_state)
     if step == run.config.steps:
         LOGGER.info("step %d is the last: %s is trained already; it is evaluated", step, workdir)
     else:
         LOGGER.info("resuming %s from step %d", workdir, step)
-    return restored.train_state
-
-
-FREE_OF_MODEL = (
-    *("attention", "remat", "dtype", "loss_chunk", "dispatch", "capacity_factor"),
-    *("exchange", "buffer_factor", "on_overflow", "exchange_chunks"),
-)
-"""Keys of the model that may change between starts of a run: what they mean for weights and data
-stays the same, though dispatch, its room and precision may change numbers."""
-
-
-def identity(config: ExperimentConfig) -> Tree:
-    """What the weights and the position in the data depend on, as a JSON object."""
-    return _settled(_whole_identity(config))
-
-
-def _whole_identity(config: ExperimentConfig) -> Tree:
-    """All keys that `identity` chooses from."""
-    tree = json.loads(json.dumps(dataclasses.asdict(config)))
-    return {name: tree[name] for name in ("seed", "batch", "data", "model")}
-
-
-def _settled(tree: Tree) -> Tree:
-    """The part of such a tree that counts, with numbers in place of "whatever fits"."""
-    data = {
-        name: value
-        for name, value in tree["data"].items()
-        if not name.endswith("_dir")  # where the data lie may differ between machines
-    }
-    model = {k: v for k, v in tree["model"].items() if k not in FREE_OF_MODEL}
-    moe = {k: v for k, v in model["moe"].items() if k not in FREE_OF_MODEL}
-    basis = moe.pop("basis")
-    if moe["router"] in BASIS_ROUTERS:
-        moe["basis"] = basis | {"rank": BasisConfig(**basis).rank_of(model["width"])}
-    return tree | {"data": data, "model": model | {"moe": moe}}
+    return restored.train_state, step
 
 
 class _Compilations:
@@ -320,6 +277,7 @@ class _Parts(NamedTuple):
     forward: Any
     evaluator: Evaluator
     checkpoints: Checkpoints
+    meta: Tree
     log: RunLog
     compilations: _Compilations
 
@@ -360,7 +318,7 @@ def _steps(parts: _Parts, state: Tree, start: int) -> tuple[Tree, Any]:
             step,
             state,
             data_state=parts.batches.get_state(),
-            meta=identity(config),
+            meta=parts.meta,
             metrics=measured,
             force=last,
         )

@@ -30,9 +30,9 @@ from train.config import (
     ExperimentConfig,
     filled,
     freeze,
+    model_from_tree,
     replaced,
     to_json,
-    vit_from_tree,
     with_vocab,
 )
 from train.data.config import TextConfig
@@ -222,6 +222,7 @@ def open_checkpoints(run: Run, workdir: pathlib.Path) -> Checkpoints:
         workdir / CHECKPOINTS,
         every=keep.every,
         keep_last=keep.keep_last,
+        keep_every=keep.keep_every,
         keep_best=keep.keep_best,
         best_metric="eval/loss",
     )
@@ -233,10 +234,15 @@ def read_config(file: pathlib.Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is damaged.
     """
-    return filled(_read_tree(file))
+    return filled(read_json(file))
 
 
-def _read_tree(file: pathlib.Path) -> dict[str, Any]:
+def read_json(file: pathlib.Path) -> dict[str, Any]:
+    """The object in a file of a run's folder.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except ValueError as error:
@@ -329,7 +335,8 @@ def read_model_config(folder: pathlib.Path) -> ViTConfig:
         ValueError: it holds a language model.
     """
     if (folder / MODEL_FILE).is_file():
-        return vit_from_tree(_read_tree(folder / MODEL_FILE))
+        saved: ViTConfig = model_from_tree("vit", read_json(folder / MODEL_FILE))
+        return saved
     model = freeze(read_config(folder / CONFIG_FILE)).model
     if not isinstance(model, ViTConfig):
         raise ValueError(f"{folder} is a run of task='lm'; name one of task='vit'")

@@ -26,18 +26,23 @@ def run_facts() -> dict[str, Any]:
         `command` as typed, `device` in words, `versions` of Python and the installed packages, and
         the checkout's `commit` ("+changes" if files differ from it; None outside a checkout).
     """
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return {
         "command": " ".join(["python", *sys.orig_argv[1:]]),
         "device": _device(),
-        "versions": versions,
+        "versions": versions(),
         "commit": _commit(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Version of Python, and of each package that is installed of those a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def check_json_path(path: str) -> None:

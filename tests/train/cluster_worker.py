@@ -2,7 +2,7 @@
 
 Everything that only several processes show and that needs no start of its own. In --folder lie
 `text`, the documents, and the runs `one` and `two`. Goes on with `two`, reads a checkpoint of
-`one`, writes what it has seen to seen_<process>.json and the restored parameters to params.npz. At
+`one`, writes what it has seen to seen_<process>.json and the restored state to state.npz. At
 the end process 1 fails alone, in the middle of what process 0 does.
 """
 
@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import pathlib
+import shutil
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +21,7 @@ from absl import flags
 from flax import traverse_util
 from jax.experimental import multihost_utils
 
-import emoe_jax.checkpoint
+import emoe_jax.stored
 from emoe_jax.checkpoint import CheckpointError, Checkpoints
 from emoe_jax.sharding import MeshConfig, make_mesh, rows_here
 from tests.train.tiny import lm_tree
@@ -58,9 +59,9 @@ def restored(folder: pathlib.Path, tree: dict[str, Any]) -> dict[str, Any]:
         found = checkpoints.restore(step, run.abstract)
         damage = damaged(lambda: checkpoints.restore(step, run.abstract))
     state = found.train_state
-    arrays = multihost_utils.process_allgather(state["params"], tiled=True)
+    arrays = multihost_utils.process_allgather(state, tiled=True)
     if cluster.is_first():
-        np.savez(folder / "params.npz", **traverse_util.flatten_dict(arrays, sep="|"))
+        np.savez(folder / "state.npz", **traverse_util.flatten_dict(arrays, sep="|"))
     assert found.data_state is not None
     batches = run.data.train_iterator(
         run.config.batch, seed=run.config.seed, rows=run.rows(run.config.batch)
@@ -71,6 +72,7 @@ def restored(folder: pathlib.Path, tree: dict[str, Any]) -> dict[str, Any]:
     batches.close()
     return {
         "damage": damage,
+        "fallback": fallback(folder, run.abstract),
         "tokens": tokens,
         "shards": shards,
         "scalars": evaluate(run, compile_evaluate(run), state)[0],
@@ -78,19 +80,40 @@ def restored(folder: pathlib.Path, tree: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def fallback(folder: pathlib.Path, abstract: Any) -> list[Any]:
+    """What both say and do where process 1 alone cannot read the newest checkpoint of a copy."""
+    source, target = folder / "one/checkpoints", folder / "three"
+    cluster.first_then_others(lambda: target.exists() or shutil.copytree(source, target))
+    read = emoe_jax.stored.read_arrays
+
+    def failing(step: Any, wanted: Any) -> Any:
+        if step.name == "12" and not cluster.is_first():
+            raise OSError("the disk of process 1 is gone")
+        return read(step, wanted)
+
+    emoe_jax.stored.read_arrays = failing
+    try:
+        with Checkpoints(target, every=1) as checkpoints:
+            step, _, bad = checkpoints.restore_newest(abstract)
+            names = checkpoints.set_aside(bad)
+            return [step, bad, names, checkpoints.latest_step()]
+    finally:
+        emoe_jax.stored.read_arrays = read
+
+
 def damaged(restore: Callable[[], Any]) -> str:
     """The error where only process 1 reads other bits than were saved."""
-    digests = emoe_jax.checkpoint.digests
+    digests = emoe_jax.stored.digests
 
     def other(arrays: Any) -> dict[str, int]:
         found = digests(arrays)
         return found | ({} if cluster.is_first() else {"step": found["step"] + 1})
 
-    emoe_jax.checkpoint.digests = other
+    emoe_jax.stored.digests = other
     try:
         return message(restore)
     finally:
-        emoe_jax.checkpoint.digests = digests
+        emoe_jax.stored.digests = digests
 
 
 def refusals(folder: pathlib.Path) -> dict[str, str]:

@@ -196,7 +196,7 @@ def test_different_configurations_are_refused_with_their_hashes(three):
 
 
 class Runs(NamedTuple):
-    """A run of one process of eight devices, and the same of two processes of four each.
+    """A run of one process, its experts on eight devices, and the same of two with four each.
 
     The latter was begun by launch/slurm.sbatch, killed, and ended by cluster_worker.py.
     """
@@ -208,7 +208,7 @@ class Runs(NamedTuple):
     absent: tuple[int, str, str]
     ended: list[tuple[int, str, str]]
     seen: list[dict[str, Any]]
-    params: dict[str, np.ndarray]
+    state: dict[str, np.ndarray]
 
 
 ENVIRONMENT = os.environ | {
@@ -293,7 +293,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("cluster")
     source = write_corpus(folder / "text")
     keys: dict[str, Any] = {"steps": 12, "eval_every": 6, "checkpoint": {"every": 2}}
-    keys |= {"model": {"depth": 1}, "data": {"shards": 2}}
+    keys |= {"model": {"depth": 1}, "moe": {"experts": 8}, "data": {"shards": 2}}
     config = folder / "experiment.py"
     config.write_text(
         "from tests.train.tiny import lm_tree\n"
@@ -303,7 +303,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     alone = [sys.executable, "-m", "train", f"--config={config}"]
     command, environment = slurm_command(folder)
     with (
-        started([[*alone, f"--workdir={one}"]], folder, 8) as (single,),
+        started([[*alone, f"--workdir={one}", "--config.mesh.expert=8"]], folder, 8) as (single,),
         started([command], folder, **environment) as (batch,),
     ):
         while not saved_steps(two):
@@ -325,8 +325,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     files = [folder / f"seen_{i}.json" for i in range(2)]
     assert all(file.is_file() for file in files), ended
     seen = [json.loads(file.read_text()) for file in files]
-    params = dict(np.load(folder / "params.npz"))
-    return Runs(one, two, before, begun, absent, ended, seen, params)
+    state = dict(np.load(folder / "state.npz"))
+    return Runs(one, two, before, begun, absent, ended, seen, state)
 
 
 def losses(workdir: pathlib.Path) -> dict[int, list[float]]:
@@ -377,10 +377,10 @@ def read(workdir: pathlib.Path) -> tuple[Any, Any]:
 
 def test_checkpoints_of_one_process_are_read_by_two_to_the_bit(runs):
     run, found = read(runs.one)
-    expected = traverse_util.flatten_dict(found.train_state["params"], sep="|")
-    assert runs.params.keys() == expected.keys()
+    expected = traverse_util.flatten_dict(found.train_state, sep="|")
+    assert runs.state.keys() == expected.keys()
     for name, array in expected.items():
-        np.testing.assert_array_equal(runs.params[name], array)
+        np.testing.assert_array_equal(runs.state[name], array)
     batches = run.data.train_iterator(8, seed=0)
     batches.set_state(found.data_state)
     tokens = next(batches)["tokens"].tolist()
@@ -389,12 +389,20 @@ def test_checkpoints_of_one_process_are_read_by_two_to_the_bit(runs):
     assert [each["shards"] for each in runs.seen] == [["0"], ["1"]]
 
 
+def test_a_checkpoint_that_one_process_cannot_read_is_left_by_all(runs):
+    first, second = [each["fallback"] for each in runs.seen]
+    assert first == second
+    assert first == [10, {"12": "OSError: the disk of process 1 is gone"}, ["12.damaged"], 10]
+
+
 def test_checkpoints_of_two_processes_are_read_by_one(runs):
     """Bits are checked by the digests, which two processes took; the position is one's."""
     _, of_one = read(runs.one)
     _, of_two = read(runs.two)
     assert of_two.data_state == of_one.data_state
-    assert of_two.meta == of_one.meta
+    one, two = ({k: v for k, v in each.meta.items() if k != "made"} for each in (of_one, of_two))
+    assert one == two
+    assert of_two.meta["made"]["config"]["mesh"]["tensor"] == 2
     leaves = zip(*map(jax.tree.leaves, (of_one.train_state, of_two.train_state)), strict=True)
     for one, two in leaves:
         np.testing.assert_allclose(np.asarray(one), np.asarray(two), rtol=1e-3, atol=1e-5)

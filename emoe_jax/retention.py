@@ -1,0 +1,82 @@
+"""Orbax's manager of a folder of checkpoints: when a step is due, and which steps stay."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import checkpoint_managers as policies
+
+from emoe_jax.stored import RUN, STATE, read_metrics
+
+
+class Manager(ocp.CheckpointManager):
+    """Orbax's, which opens a folder whose metrics are damaged, and takes them from the record.
+
+    Args:
+        directory: where the steps lie.
+        every: saves are due at multiples of this many steps.
+        keep_last: how many of the newest steps stay.
+        keep_every: multiples of this many steps stay for ever; 0 for none.
+        keep_best: how many of the best stay.
+        best_metric: decides which those are; lower is better.
+        read_only: nothing is written.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        *,
+        every: int,
+        keep_last: int,
+        keep_every: int,
+        keep_best: int,
+        best_metric: str,
+        read_only: bool,
+    ) -> None:
+        self._best_metric = best_metric
+        options = _READ_ONLY
+        if not read_only:
+            kept = [policies.LatestN(keep_last)]
+            kept.append(policies.BestN(get_metric_fn=self.badness, reverse=True, n=keep_best))
+            if keep_every:
+                kept.append(policies.EveryNSteps(keep_every))
+            options = self._writing(every, kept)
+        super().__init__(directory, options=options, handler_registry=_registry())
+
+    def metrics(self, step: int) -> dict[str, Any]:
+        """The metrics of a step."""
+        return read_metrics(epath.Path(self.directory) / str(step))
+
+    def badness(self, metrics: Mapping[str, float] | None) -> float:
+        """The number that `best_metric` ranks by; infinity where it was not measured."""
+        return (metrics or {}).get(self._best_metric, math.inf)
+
+    def _writing(self, every: int, kept: list[Any]) -> ocp.CheckpointManagerOptions:
+        due = [policies.FixedIntervalPolicy(every), policies.PreemptionCheckpointingPolicy()]
+        return ocp.CheckpointManagerOptions(
+            best_fn=self.badness,  # orbax keeps metrics only where there is one
+            cleanup_tmp_directories=True,
+            # A folder that cannot be made is then an error at once; in the background, the writers
+            # would wait for it until orbax's timeout of many minutes.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+            save_decision_policy=policies.AnySavePolicy(due),
+            preservation_policy=policies.AnyPreservationPolicy(kept),
+        )
+
+
+# Given as orbax would set them: it logs a warning for each that it has to change.
+_READ_ONLY = ocp.CheckpointManagerOptions(save_interval_steps=0, create=False, read_only=True)
+
+
+def _registry() -> ocp.handlers.CheckpointHandlerRegistry:
+    """Names the two items, so that a new process can read what an earlier one wrote."""
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    for args in (ocp.args.PyTreeSave, ocp.args.PyTreeRestore):
+        registry.add(STATE, args)
+    for args in (ocp.args.JsonSave, ocp.args.JsonRestore):
+        registry.add(RUN, args)
+    return registry
