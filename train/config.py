@@ -41,16 +41,20 @@ class CheckpointConfig:
         keep_last: how many of the newest are kept.
         keep_best: how many of the best by held-out loss are kept besides, among those written at a
             step that is evaluated (a multiple of eval_every).
+        grace_s: seconds after SIGTERM or SIGINT in which the run saves and ends, see
+            `train.notice`; below what the machine leaves it, which is often 30.
     """
 
     every: int = 200
     keep_last: int = 2
     keep_best: int = 1
+    grace_s: float = 25.0
 
     def __post_init__(self) -> None:
         """Checks the values."""
         require_positive(every=self.every, keep_last=self.keep_last)
         require(self.keep_best >= 0, f"checkpoint.keep_best={self.keep_best} is below zero")
+        require(self.grace_s > 0, f"checkpoint.grace_s={self.grace_s} is not above zero")
 
 
 @dataclasses.dataclass(frozen=True)

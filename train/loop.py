@@ -28,7 +28,7 @@ from emoe_jax.dispatch.selfcheck import check_exchange
 from emoe_jax.grouped import resolve_backend
 from emoe_jax.optim import partition
 from emoe_jax.sharding import replicated
-from train import cluster, sample
+from train import cluster, notice, sample
 from train.config import ExperimentConfig, changed_keys, digest, freeze, merged, to_json
 from train.data.text import TextData
 from train.evaluate import (
@@ -42,6 +42,7 @@ from train.evaluate import (
 from train.flops import active_parameters
 from train.initial import check_frozen, initial_params, place_params
 from train.logs import RunLog
+from train.rescue import Rescue
 from train.run import CONFIG_FILE, Run, build, open_checkpoints, read_config
 from train.settle import calibrate, compile_forward, settle
 from train.telemetry import Meter
@@ -111,9 +112,10 @@ def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[Scalars,
                 resume_step=resumed,
                 enabled=cluster.is_first(),
             )
-            with log, _Compilations() as counter:
+            rescue = Rescue(checkpoints, identity(config))
+            with log, _Compilations() as counter, rescue:
                 passes = compiled, forward, evaluator
-                parts = _Parts(run, batches, *passes, checkpoints, log, counter)
+                parts = _Parts(run, batches, *passes, checkpoints, log, counter, rescue)
                 state, result = _steps(parts, state, resumed or 0)
         batches.close()
     scalars, rows = result or evaluate(run, evaluator, state)
@@ -322,6 +324,7 @@ class _Parts(NamedTuple):
     checkpoints: Checkpoints
     log: RunLog
     compilations: _Compilations
+    rescue: Rescue
 
 
 def _steps(parts: _Parts, state: Tree, start: int) -> tuple[Tree, Any]:
@@ -338,35 +341,44 @@ def _steps(parts: _Parts, state: Tree, start: int) -> tuple[Tree, Any]:
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             batch = run.to_devices(next(parts.batches), config.batch)
             state, metrics = parts.compiled(state, batch, key)
+        position, last = parts.batches.get_state(), step == config.steps
+        if not last:
+            parts.rescue.hold(step, state, position)
+        stop = notice.reached(step) and not last
         if profiled and step == profiled[-1] and cluster.is_first():
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
         meter.see(metrics)
-        last = step == config.steps
         if step % config.log_every == 0 or last or step == start + 1:
             meter.log(step, metrics, state, log)
         if step == start + 1:
             after_first = parts.compilations.count
         measured: dict[str, float] = {}
-        if step % config.eval_every == 0 or last:
+        if (step % config.eval_every == 0 and not stop) or last:
             jax.block_until_ready(state)
             with meter.left_out():
-                state = settle(run, parts.forward, state) if last else state
-                result = evaluate(run, parts.evaluator, state)
-            measured = result[0]
-            log.write(step, measured)
+                if last:  # only what has settled is the state of the last step
+                    state = settle(run, parts.forward, state)
+                    parts.rescue.hold(step, state, position)
+                result, stop = _evaluate(parts, state)
+            if result is not None:
+                measured = result[0]
+                log.write(step, measured)
         before = parts.compilations.count
         was_saved = checkpoints.save(
             step,
             state,
-            data_state=parts.batches.get_state(),
+            data_state=position,
             meta=identity(config),
             metrics=measured,
-            force=last,
+            force=last or stop,
         )
         in_saves += parts.compilations.count - before
         if was_saved:
             meter.saved(state)
+        if stop:
+            checkpoints.wait()
+            notice.end(step)
     checkpoints.wait()
     LOGGER.info(
         "the training step is one executable, compiled before step %d; compilations after that"
@@ -376,6 +388,14 @@ def _steps(parts: _Parts, state: Tree, start: int) -> tuple[Tree, Any]:
         parts.compilations.count - after_first - in_saves,
     )
     return state, result
+
+
+def _evaluate(parts: _Parts, state: Tree) -> tuple[tuple[Scalars, Rows] | None, bool]:
+    """The result of an evaluation, and whether the run is to end instead."""
+    try:
+        return evaluate(parts.run, parts.evaluator, state), False
+    except notice.Interrupted:
+        return None, True
 
 
 def _profiled(config: ExperimentConfig, start: int) -> range:
