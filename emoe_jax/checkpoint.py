@@ -2,8 +2,8 @@
 
 A checkpoint is one step of one run. Orbax's `CheckpointManager` writes it in the background, each
 process its own shards, into a temporary folder which is renamed when everything is on the disk
-(on Google Cloud Storage: marked with a commit file), so a partial one is never listed. Two items
-are stored: `state`, the arrays, and `run`, one JSON object with the data position, the caller's
+(on Google Cloud Storage: marked with a commit file), so a partial one is never listed. One that is
+kept no longer is renamed before it is deleted, for the same reason. Two items are stored: `state`, the arrays, and `run`, one JSON object with the data position, the caller's
 `meta` and a digest of every array. Orbax keeps no checksum of array data; the digests make a
 damaged disk an error and not a silently different model.
 
@@ -24,6 +24,7 @@ import json
 import math
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -40,6 +41,9 @@ Tree = dict[str, Any]
 
 _STATE = "state"
 _RUN = "run"
+_DELETED = ".deleted"
+"""Folder of steps that are being deleted: a process killed meanwhile leaves them there, where no
+reader looks, and the next one deletes the rest."""
 
 
 class CheckpointError(RuntimeError):
@@ -104,17 +108,20 @@ class Checkpoints:
         self._read_only = read_only
         self._best_metric = best_metric
         self._pending: int | None = None
+        self._bytes = 0  # of the arrays of the last save
         self._manager = ocp.CheckpointManager(
             path if "://" in path else os.path.abspath(os.path.expanduser(path)),
             options=_options(every, keep_last, int(keep_best), self._badness, read_only),
             handler_registry=_registry(),
         )
+        self._sweeper: threading.Thread | None = None
         self.directory = self._manager.directory
         if not self.directory.exists():
             raise FileNotFoundError(
                 f"There are no checkpoints at {self.directory}: the folder does not exist. "
                 "Give the --workdir of a run that has saved."
             )
+        self._sweep()
 
     def __enter__(self) -> Checkpoints:
         """Returns itself."""
@@ -179,6 +186,7 @@ class Checkpoints:
         # What the processes tell each other below must not run beside the step that makes these:
         # on CPU, two programs of several processes may wait for each other forever.
         jax.block_until_ready(arrays)
+        self._bytes = sum(array.nbytes for array in arrays.values())
         _json("meta", meta)
         run = {"meta": meta, "data_state": _whole(data_state), "digests": digests(arrays)}
         finite = {k: float(v) for k, v in (metrics or {}).items() if math.isfinite(v)}
@@ -270,6 +278,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except Exception as error:
             raise self._write_failure(step, error) from error
+        self._sweep()
 
     def close(self) -> None:
         """Waits, and frees the threads; the object cannot be used afterwards.
@@ -281,6 +290,22 @@ class Checkpoints:
             self.wait()
         finally:
             self._manager.close()
+            if self._sweeper is not None:
+                self._sweeper.join()
+                with suppress(OSError):  # what could not be deleted is left to the next run
+                    os.rmdir(self.directory / _DELETED)
+
+    def _sweep(self) -> None:
+        """Deletes, in the background, what orbax has moved to `_DELETED`."""
+        folder = self.directory / _DELETED
+        if self._read_only or jax.process_index() > 0 or not folder.exists():
+            return
+        if self._sweeper is not None:
+            self._sweeper.join()
+        # Not the folder itself: orbax may be moving the next step into it.
+        steps = list(folder.iterdir())
+        self._sweeper = threading.Thread(target=_delete, args=(steps,))
+        self._sweeper.start()
 
     def _badness(self, metrics: Mapping[str, float] | None) -> float:
         """The number that `best_metric` ranks by; infinity where it was not measured."""
@@ -334,7 +359,8 @@ class Checkpoints:
         except OSError:  # remote storage
             free = "free bytes unknown"
         return CheckpointError(
-            f"The checkpoint of step {step} could not be written to {self.directory} ({free}): "
+            f"The checkpoint of step {step} could not be written to {self.directory} ({free}, "
+            f"at most {self._bytes:,} and a little more needed): "
             f"{_first_line(error)}. "
             f"The checkpoints of earlier steps {kept} are intact. Free space there, keep fewer "
             "checkpoints, or use a --workdir on a larger disk, and start again to resume."
@@ -365,9 +391,15 @@ def _options(
         # A folder that cannot be made is then an error at once; in the background, the writers
         # would wait for it until orbax's timeout of many minutes.
         async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+        todelete_subdir=_DELETED,  # renames; `_sweep` deletes
         save_decision_policy=policies.AnySavePolicy(due),
         preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep_last), best]),
     )
+
+
+def _delete(folders: list[Any]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _registry() -> ocp.handlers.CheckpointHandlerRegistry:
