@@ -190,6 +190,7 @@ class Checkpoints:
         _json("meta", meta)
         run = {"meta": meta, "data_state": _whole(data_state), "digests": digests(arrays)}
         finite = {k: float(v) for k, v in (metrics or {}).items() if math.isfinite(v)}
+        self.wait()  # so that a save before this one fails under its own name
         items = {_STATE: ocp.args.PyTreeSave(nest(arrays)), _RUN: ocp.args.JsonSave(run)}
         try:
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=finite, force=True)
@@ -448,4 +449,6 @@ def _positions(stored: Tree | list[str]) -> Tree:
 def _first_line(error: Exception) -> str:
     """What failed, without tensorstore's dump of its configuration."""
     text = (str(error).splitlines() or [""])[0].partition(" [tensorstore_spec=")[0]
-    return f"{type(error).__name__}: {text[:400]}"
+    # The reason stands at the end, after the names of files.
+    short = text if len(text) <= 400 else f"{text[:150]} ... {text[-250:]}"
+    return f"{type(error).__name__}: {short}"

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import pathlib
 import runpy
+import subprocess
 import sys
 from multiprocessing.context import ForkServerProcess
 from typing import Any
@@ -37,6 +38,22 @@ def begin(workdir: pathlib.Path, *flags: str, fail_at: int = 0) -> ForkServerPro
     return process
 
 
+def begin_apart(workdir: pathlib.Path) -> subprocess.Popen[str]:
+    """As `begin`, but from nothing, and what it says comes through a pipe."""
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", *_arguments(workdir)],
+        cwd=pathlib.Path(__file__).parents[2],
+        env=os.environ | cache | {"XLA_FLAGS": ONE_DEVICE},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
 def told(workdir: pathlib.Path) -> str:
     """What the lives of a run have said."""
     return _log(workdir).read_text(errors="replace")
@@ -44,6 +61,10 @@ def told(workdir: pathlib.Path) -> str:
 
 def _log(workdir: pathlib.Path) -> pathlib.Path:
     return workdir.with_suffix(".log")
+
+
+def _arguments(workdir: pathlib.Path) -> list[str]:
+    return ["train", f"--config={workdir.parent / 'experiment.py'}", f"--workdir={workdir}"]
 
 
 def _live(workdir: pathlib.Path, flags: tuple[str, ...], fail_at: int) -> None:
@@ -55,8 +76,7 @@ def _live(workdir: pathlib.Path, flags: tuple[str, ...], fail_at: int) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if fail_at:
         _fail(fail_at)
-    config = workdir.parent / "experiment.py"
-    sys.argv = ["train", f"--config={config}", f"--workdir={workdir}", *flags]
+    sys.argv = [*_arguments(workdir), *flags]
     runpy.run_module("train", run_name="__main__", alter_sys=True)
 
 
