@@ -13,16 +13,21 @@ several devices (virtual ones on CPU) against one, see `train.bench_exchange`.
 
 `router` times routers and their upkeep as a share of the layer, see `train.bench_router`.
 
+`checkpoints` times training with and without asynchronous checkpoints, see
+`train.bench_checkpoints`.
+
 Runs are interleaved: each round runs every kernel once, and a ratio is the median over rounds of a
 kernel's time over the dense time of the same round, so that a load on the machine that comes and
 goes falls on both.
 """
 
 import itertools
+import runpy
 import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -32,10 +37,11 @@ from absl import flags
 from emoe_jax.dispatch import dropless
 from emoe_jax.grouped import grouped_matmul, native
 from emoe_jax.routers import Routing
-from train import timing
+from train import bench_checkpoints, timing
 from train.bench_adapter import adapter
 from train.bench_exchange import Shape, exchanges
 from train.bench_router import routers
+from train.config import freeze
 from train.tables import check_json_path, print_table, write_json
 from train.timing import Row, Step, interleave
 
@@ -84,6 +90,12 @@ flags.DEFINE_list(
     "router: which are timed.",
     flag_values=FLAGS,
 )
+flags.DEFINE_string(
+    "config", "configs/lm_sotu.py", "checkpoints: the experiment.", flag_values=FLAGS
+)
+flags.DEFINE_integer(
+    "every", 50, "checkpoints: steps between two.", lower_bound=1, flag_values=FLAGS
+)
 flags.DEFINE_integer("rank", 0, "router: R; 0: see BasisConfig.", flag_values=FLAGS)
 flags.DEFINE_boolean("help", False, "Print this help.", short_name="h", flag_values=FLAGS)
 
@@ -114,6 +126,8 @@ def main(argv: Sequence[str]) -> int:
 def _shape(names: Sequence[str]) -> str:
     if names == ["adapter"]:
         return ""
+    if names == ["checkpoints"]:
+        return f": {FLAGS.config}"
     return f": T={FLAGS.tokens} D={FLAGS.width} F={FLAGS.hidden} K={FLAGS.chosen} {FLAGS.dtype}"
 
 
@@ -200,9 +214,9 @@ def _shown(row: Row) -> Row:
     """A row as printed: milliseconds as median (least-most)."""
     if "moved_bytes" in row:
         return {name.replace("_", " "): value for name, value in row.items()}
-    names = ("load", "exchange", "router", "X", "E", "R", "kernel", "model", "dtype")
+    names = ("load", "exchange", "router", "X", "E", "R", "kernel", "model", "dtype", "every", "bytes")
     cells = {name: row[name] for name in (*names, "images", "rounds") if name in row}
-    for part in ("forward", "step", "layer", "router"):
+    for part in ("forward", "step", "layer", "router", "plain", "saving"):
         if f"{part}_ms" not in row:
             continue
         cells[f"{part} ms"] = timing.shown(row, part)
@@ -212,6 +226,10 @@ def _shown(row: Row) -> Row:
     if "share" in row:
         spread = f"{row['share_min']:.3f}-{row['share_max']:.3f}"
         cells["router / layer"] = f"{row['share']:.3f} ({spread})"
+    if "overhead" in row:
+        spread = f"{100 * row['overhead_min']:.1f} to {100 * row['overhead_max']:.1f}"
+        cells["overhead %"] = f"{100 * row['overhead']:.1f} ({spread})"
+        cells["save call ms"] = f"{row['call_ms']:.1f}"
     if "compile_s" in row:
         cells["compile s"] = f"{row['compile_s']:.1f}"
     return cells
@@ -302,11 +320,25 @@ def router() -> list[Row]:
     return routers(list(FLAGS.routers), experts, shape, FLAGS.dtype, FLAGS.repeats)
 
 
+def checkpoints() -> list[Row]:
+    """Times checkpoints, see `train.bench_checkpoints.checkpoints`.
+
+    Raises:
+        ValueError: the experiment is impossible.
+        FileNotFoundError: there is no such configuration.
+    """
+    if not Path(FLAGS.config).is_file():
+        raise FileNotFoundError(f"--config={FLAGS.config}: there is no such file.")
+    config = freeze(runpy.run_path(FLAGS.config)["get_config"]())
+    return bench_checkpoints.checkpoints(config, FLAGS.every, FLAGS.repeats)
+
+
 BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
     "grouped": grouped,
     "adapter": lambda: adapter(FLAGS.images, FLAGS.repeats, FLAGS.model, FLAGS.dtype),
     "exchange": exchange,
     "router": router,
+    "checkpoints": checkpoints,
 }
 
 if __name__ == "__main__":

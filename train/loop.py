@@ -104,7 +104,7 @@ def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[Scalars,
         # ------------------------------------------------------------ training, unless it is done
         evaluator, result = compile_evaluate(run), None
         if resumed != config.steps:
-            compiled = _compile_train(run, example)
+            compiled = compile_train(run, example)
             log = RunLog(
                 workdir,
                 total_steps=config.steps,
@@ -404,7 +404,7 @@ def _profiled(config: ExperimentConfig, start: int) -> range:
     return range(max(first, start + 1), min(first + config.profile, config.steps + 1))
 
 
-def _compile_train(run: Run, example: dict[str, np.ndarray]) -> Any:
+def compile_train(run: Run, example: dict[str, np.ndarray]) -> Any:
     """The training step, compiled ahead of time: it cannot be compiled again by accident."""
     places = jax.tree.map(lambda leaf: leaf.sharding, run.abstract)
     step = jax.jit(run.steps.train, donate_argnums=0, out_shardings=(places, replicated(run.mesh)))

@@ -75,7 +75,7 @@ def test_bad_input_is_refused(capsys, words, message):
 def test_help_lists_benchmarks(capsys):
     assert bench.main(["bench", "--help"]) == 0
     printed = capsys.readouterr().out
-    assert "Benchmarks: grouped, adapter, exchange, router." in printed
+    assert "Benchmarks: grouped, adapter, exchange, router, checkpoints." in printed
     assert "--tokens" in printed
 
 
