@@ -2,10 +2,11 @@
 
 A checkpoint is one step of one run. Orbax's `CheckpointManager` writes it in the background, each
 process its own shards, into a temporary folder which is renamed when everything is on the disk
-(on Google Cloud Storage: marked with a commit file), so a partial one is never listed. One that is
-kept no longer is renamed before it is deleted, for the same reason. Two items are stored: `state`, the arrays, and `run`, one JSON object with the data position, the caller's
-`meta` and a digest of every array. Orbax keeps no checksum of array data; the digests make a
-damaged disk an error and not a silently different model.
+(on Google Cloud Storage: marked with a commit file), so a partial one is never listed; and a step
+that is no longer kept is renamed before it is deleted. Two items are stored: `state`, the arrays,
+and `run`, one JSON object with the data position, the caller's `meta` and a digest of every array.
+Orbax keeps no checksum of array data; the digests make a damaged disk an error and not a silently
+different model.
 
 Nothing in a checkpoint depends on the number of processes: digests are of whole arrays (each
 process adds up the elements that it holds, see `manifest.digest`), and the data position is that of

@@ -417,12 +417,12 @@ def test_a_step_is_never_listed_while_it_is_deleted(
         """Has deleted a file when the process is killed."""
         next(path for path in Path(folder).rglob("*") if path.is_file()).unlink()
 
+    monkeypatch.setattr(shutil, "rmtree", killed)
     with Checkpoints(tmp_path, every=1, keep_last=1) as checkpoints:
-        with monkeypatch.context() as dying:
-            dying.setattr(shutil, "rmtree", killed)
-            for step in (1, 2):
-                save(checkpoints, step)
-            assert checkpoints.all_steps() == [2]
+        for step in (1, 2):
+            save(checkpoints, step)
+        assert checkpoints.all_steps() == [2]
+    monkeypatch.undo()
     assert sorted(path.name for path in tmp_path.iterdir()) == [".deleted", "2"]
     with Checkpoints(tmp_path, every=1, read_only=True) as onlooker:
         assert onlooker.all_steps() == [2]

@@ -214,7 +214,7 @@ def _shown(row: Row) -> Row:
     """A row as printed: milliseconds as median (least-most)."""
     if "moved_bytes" in row:
         return {name.replace("_", " "): value for name, value in row.items()}
-    names = ("load", "exchange", "router", "X", "E", "R", "kernel", "model", "dtype", "every", "bytes")
+    names = ("load", "exchange", "router", "X", "E", "R", "kernel", "model", "dtype")
     cells = {name: row[name] for name in (*names, "images", "rounds") if name in row}
     for part in ("forward", "step", "layer", "router", "plain", "saving"):
         if f"{part}_ms" not in row:
@@ -227,6 +227,7 @@ def _shown(row: Row) -> Row:
         spread = f"{row['share_min']:.3f}-{row['share_max']:.3f}"
         cells["router / layer"] = f"{row['share']:.3f} ({spread})"
     if "overhead" in row:
+        cells = {"every": row["every"], "bytes": row["bytes"]} | cells
         spread = f"{100 * row['overhead_min']:.1f} to {100 * row['overhead_max']:.1f}"
         cells["overhead %"] = f"{100 * row['overhead']:.1f} ({spread})"
         cells["save call ms"] = f"{row['call_ms']:.1f}"

@@ -1,8 +1,8 @@
 """Benchmark `checkpoints`: what asynchronous checkpoints cost a run.
 
 A run is trained on in halves of rounds, each of as many steps as lie between two checkpoints: one
-half saves in its middle, as `train.loop` does, the other does not. A half begins with nothing in the
-background; a save that is not complete at its end is waited for, and counts. The halves change
+half saves in its middle, as `train.loop` does, the other does not. A half begins with nothing in
+the background; a save that is not complete at its end is waited for, and counts. The halves change
 places from round to round, and the overhead is the median of the rounds' ratios.
 """
 

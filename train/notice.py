@@ -64,9 +64,10 @@ class Notice:
             if number[0] in SIGNALS and not self.name:
                 if self._tell_others is not None:
                     self._tell_others(signal.SIGTERM)
+                name = signal.Signals(number[0]).name
                 if not self.asked:
-                    _leave(f"{signal.Signals(number[0]).name} before the first step: nothing to save")
-                self.begin(signal.Signals(number[0]).name)
+                    _leave(f"{name} before the first step: nothing to save")
+                self.begin(name)
 
     def begin(self, name: str) -> None:
         """Starts the time that is left."""
@@ -128,8 +129,9 @@ def heeded(grace_s: float) -> Iterator[None]:
 
 
 def reached(step: int) -> bool:
-    """Whether to save after this step and end. All processes ask after every step; all are told so
-    after the same one.
+    """Whether to save after this step and end.
+
+    All processes ask after every step, and all are told so after the same one.
 
     Args:
         step: optimizer steps done.

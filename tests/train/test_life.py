@@ -1,4 +1,4 @@
-"""The life and death of a run: killed, asked to end, out of disk, failed. It goes on, to the bit."""
+"""Life and death of a run: killed, asked to end, out of disk, failed; it goes on, to the bit."""
 
 import os
 import pathlib

@@ -30,11 +30,15 @@ def stop(
     checkpoints: Checkpoints, held: Any, error: BaseException, caplog: pytest.LogCaptureFixture
 ) -> str:
     """Raises an error where a state of step 3 is held; the last that was logged."""
-    with caplog.at_level(logging.ERROR, "train.rescue"), pytest.raises(type(error)) as caught:
+
+    def steps() -> None:
         with Rescue(checkpoints, {"a": 1}) as saving:
             if held is not None:
                 saving.hold(3, held, POSITION)
             raise error
+
+    with caplog.at_level(logging.ERROR, "train.rescue"), pytest.raises(type(error)) as caught:
+        steps()
     assert caught.value is error
     return caplog.records[-1].getMessage() if caplog.records else ""
 
@@ -45,9 +49,7 @@ def test_the_last_whole_state_is_saved_with_its_position(checkpoints, error, cap
     assert told == f"training stops with {type(error).__name__}; step 3 is saved"
     assert checkpoints.all_steps() == [3]
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    wanted = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), state()
-    )
+    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), state())
     restored = checkpoints.restore(3, wanted)
     assert restored.train_state["params"]["w"].tolist() == [1.0] * 4
     assert (restored.data_state, restored.meta) == (POSITION, {"a": 1})
