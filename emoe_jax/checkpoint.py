@@ -2,11 +2,12 @@
 
 A checkpoint is one step of one run. Orbax's `CheckpointManager` writes it in the background, each
 process its own shards, into a temporary folder which is renamed when everything is on the disk
-(on Google Cloud Storage: marked with a commit file), so a partial one is never listed. Two items
-are stored: `state`, the arrays, and `run`, the record: one JSON object with the data position, the
-caller's `meta` and every array's global shape, dtype and digest, sealed by a hash (see `manifest`,
-also for why digests are of whole arrays). Orbax keeps no checksum of array data; the record, which
-is there before the step is, makes a damaged disk an error and not a silently different model.
+(on Google Cloud Storage: marked with a commit file), so a partial one is never listed; and a step
+that is no longer kept is renamed before it is deleted. Two items are stored: `state`, the arrays,
+and `run`, the record: one JSON object with the data position, the caller's `meta` and every array's
+global shape, dtype and digest, sealed by a hash (see `manifest`, also for why digests are of whole
+arrays). Orbax keeps no checksum of array data; the record, which is there before the step is, makes
+a damaged disk an error and not a silently different model.
 
 Nothing in a checkpoint depends on the number of processes: digests are of whole arrays (each
 process adds up the elements that it holds, see `manifest.digest`), and the data position is that of
@@ -45,7 +46,7 @@ from emoe_jax.failures import (
 from emoe_jax.manifest import check_array, check_spec, entries, flatten, nest, seal
 from emoe_jax.multihost import gather_texts
 from emoe_jax.positions import as_json, read_position, whole_position
-from emoe_jax.retention import Manager
+from emoe_jax.retention import Manager, Sweeper
 
 __all__ = ["CheckpointDamaged", "CheckpointError", "CheckpointMismatch", "Checkpoints"]
 
@@ -125,6 +126,7 @@ class Checkpoints:
         self._every = every
         self._read_only = read_only
         self._pending: int | None = None
+        self._bytes = 0  # of the arrays of the last save
         self._manager = Manager(
             path if "://" in path else os.path.abspath(os.path.expanduser(path)),
             every=every,
@@ -140,6 +142,8 @@ class Checkpoints:
                 f"There are no checkpoints at {self.directory}: the folder does not exist. "
                 "Give the --workdir of a run that has saved."
             )
+        self._sweeper = Sweeper(self.directory, idle=read_only)
+        self._sweeper.sweep()
 
     def __enter__(self) -> Checkpoints:
         """Returns itself."""
@@ -204,10 +208,12 @@ class Checkpoints:
         # What the processes tell each other below must not run beside the step that makes these:
         # on CPU, two programs of several processes may wait for each other forever.
         jax.block_until_ready(arrays)
+        self._bytes = sum(array.nbytes for array in arrays.values())
         as_json("meta", meta)
         finite = {k: float(v) for k, v in (metrics or {}).items() if math.isfinite(v)}
         content = {"meta": meta, "data_state": whole_position(data_state), "metrics": finite}
         record = seal(content | {"arrays": entries(arrays)})
+        self.wait()  # so that a save before this one fails under its own name
         items = {
             stored.STATE: ocp.args.PyTreeSave(nest(arrays)),
             stored.RUN: ocp.args.JsonSave(record),
@@ -351,6 +357,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except Exception as error:
             raise self._write_failure(step, error) from error
+        self._sweeper.sweep()
 
     def close(self) -> None:
         """Waits, and frees the threads; the object cannot be used afterwards.
@@ -362,6 +369,7 @@ class Checkpoints:
             self.wait()
         finally:
             self._manager.close()
+            self._sweeper.close()
 
     def _read_record(self, step: int) -> Tree:
         """The record of a step."""
@@ -392,7 +400,8 @@ class Checkpoints:
         """The error of a failed save; forgets the step, which orbax had listed already."""
         with suppress(OSError):  # the directory itself may be gone
             self._manager.reload()
-        return not_written(self.directory, step, sorted(self._manager.all_steps()), error)
+        kept = sorted(self._manager.all_steps())
+        return not_written(self.directory, step, kept, self._bytes, error)
 
     def _read_failure(self, step: int, reason: str) -> CheckpointDamaged:
         """The error of a step that is listed but cannot be used."""

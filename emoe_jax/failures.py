@@ -34,15 +34,16 @@ class CheckpointMismatch(ValueError):  # noqa: N818
 
 
 def not_written(
-    directory: epath.Path, step: int, kept: Sequence[int], error: Exception
+    directory: epath.Path, step: int, kept: Sequence[int], size: int, error: Exception
 ) -> CheckpointError:
-    """The error of a failed save, where the steps `kept` are intact."""
+    """The error of a failed save of `size` bytes, where the steps `kept` are intact."""
     try:
         free = f"{shutil.disk_usage(os.fspath(directory)).free:,} bytes free"
     except OSError:  # remote storage
         free = "free bytes unknown"
     return CheckpointError(
-        f"The checkpoint of step {step} could not be written to {directory} ({free}): "
+        f"The checkpoint of step {step} could not be written to {directory} ({free}, at most "
+        f"{size:,} and a little more needed): "
         f"{reason(error)}. "
         f"The checkpoints of earlier steps {kept} are intact. Free space there, keep fewer "
         "checkpoints, or use a --workdir on a larger disk, and start again to resume."

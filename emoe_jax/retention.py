@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
+import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from emoe_jax.stored import RUN, STATE, read_metrics
+
+DELETED = ".deleted"
+"""Folder of steps that are being deleted: a process killed meanwhile leaves them there, where no
+reader looks, and the next one deletes the rest."""
 
 
 class Manager(ocp.CheckpointManager):
@@ -63,6 +72,7 @@ class Manager(ocp.CheckpointManager):
             # A folder that cannot be made is then an error at once; in the background, the writers
             # would wait for it until orbax's timeout of many minutes.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+            todelete_subdir=DELETED,  # renames; `Sweeper` deletes
             save_decision_policy=policies.AnySavePolicy(due),
             preservation_policy=policies.AnyPreservationPolicy(kept),
         )
@@ -80,3 +90,40 @@ def _registry() -> ocp.handlers.CheckpointHandlerRegistry:
     for args in (ocp.args.JsonSave, ocp.args.JsonRestore):
         registry.add(RUN, args)
     return registry
+
+
+class Sweeper:
+    """Deletes, in the background, what `Manager` has moved to `DELETED`.
+
+    Args:
+        directory: where the steps lie.
+        idle: whether it is to do nothing. Of several processes only the first deletes.
+    """
+
+    def __init__(self, directory: epath.Path, *, idle: bool) -> None:
+        self._folder = directory / DELETED
+        self._idle = idle or jax.process_index() > 0
+        self._thread: threading.Thread | None = None
+
+    def sweep(self) -> None:
+        """Begins to delete what is there; waits for the sweep before."""
+        if self._idle or not self._folder.exists():
+            return
+        if self._thread is not None:
+            self._thread.join()
+        # Not the folder itself: orbax may be moving the next step into it.
+        steps = list(self._folder.iterdir())
+        self._thread = threading.Thread(target=_delete, args=(steps,))
+        self._thread.start()
+
+    def close(self) -> None:
+        """Waits for the sweep, and removes the folder if it is empty."""
+        if self._thread is not None:
+            self._thread.join()
+            with suppress(OSError):  # what could not be deleted is left to the next run
+                os.rmdir(self._folder)
+
+
+def _delete(folders: list[Any]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)

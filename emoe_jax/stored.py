@@ -233,4 +233,6 @@ def reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     text = (str(error).splitlines() or [""])[0].partition(" [tensorstore_spec")[0]
-    return f"{type(error).__name__}: {text[:400].rstrip('.')}"
+    # The reason stands at the end, after the names of files.
+    short = text if len(text) <= 400 else f"{text[:150]} ... {text[-250:]}"
+    return f"{type(error).__name__}: {short.rstrip('.')}"

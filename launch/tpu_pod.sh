@@ -4,7 +4,7 @@
 #   export TPU=my-slice ZONE=us-east5-a SHARE=10.0.0.2:/share
 #   launch/tpu_pod.sh install                        copies this commit, installs it, mounts SHARE
 #   launch/tpu_pod.sh train [--config.KEY=VALUE ...] trains; again: goes on from the last checkpoint
-#   launch/tpu_pod.sh stop                           ends the training on all hosts
+#   launch/tpu_pod.sh stop                           ends the training on all hosts, saved: code 75
 #   launch/tpu_pod.sh --dry-run train                prints the commands and runs nothing
 #
 # TPU is a slice that exists (gcloud compute tpus tpu-vm create, or a queued resource), ZONE its

@@ -328,7 +328,7 @@ def test_a_write_that_fails_in_the_background_is_told_and_leaves_the_rest(
             checkpoints.wait()
     words = str(caught.value)
     assert f"step 2 could not be written to {tmp_path}" in words
-    assert "bytes free" in words
+    assert "bytes free, at most 872 and a little more needed" in words
     assert "No space left on device" in words
     assert "earlier steps [1] are intact" in words
     assert "--workdir" in words
@@ -426,6 +426,28 @@ def test_a_process_killed_while_it_saves_leaves_the_step_before(tmp_path: Path) 
     assert restored.data_state == {"0": "one"}
     np.testing.assert_array_equal(restored.train_state["w"], np.arange(8.0))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+
+
+def test_a_step_is_never_listed_while_it_is_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(folder: Path, **_: object) -> None:
+        """Has deleted a file when the process is killed."""
+        next(path for path in Path(folder).rglob("*") if path.is_file()).unlink()
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with Checkpoints(tmp_path, every=1, keep_last=1) as checkpoints:
+        for step in (1, 2):
+            save(checkpoints, step)
+        assert checkpoints.all_steps() == [2]
+    monkeypatch.undo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".deleted", "2"]
+    with Checkpoints(tmp_path, every=1, read_only=True) as onlooker:
+        assert onlooker.all_steps() == [2]
+    assert (tmp_path / ".deleted" / "1").exists()
+    with Checkpoints(tmp_path, every=1) as checkpoints:
+        assert checkpoints.all_steps() == [2]
+    assert [path.name for path in tmp_path.iterdir()] == ["2"]
 
 
 def test_a_directory_that_is_gone_is_a_checkpoint_error(tmp_path: Path) -> None:

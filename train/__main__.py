@@ -8,18 +8,23 @@ from absl import flags
 from ml_collections import config_flags
 
 from emoe_jax.config import require
-from train import cli, cluster, tables
+from train import cli, cluster, notice, tables
 from train.loop import train
 
 
 def main(argv: list[str]) -> None:
-    """Trains an experiment and prints its result."""
+    """Trains an experiment and prints its result.
+
+    Ends with code 0 when the last step is done, 75 when a signal has ended it in order (see
+    `train.notice`: the same command goes on), 2 when something must be changed first, 1 otherwise.
+    """
     args = flags.FLAGS
     require(
         "://" not in args.workdir,
         f"--workdir={args.workdir} is not a local folder; runs write to a mounted file system",
     )
-    scalars, rows = train(args.config, pathlib.Path(args.workdir))
+    with notice.heeded(args.config.checkpoint.grace_s):
+        scalars, rows = train(args.config, pathlib.Path(args.workdir))
     if args.json and cluster.is_first():
         tables.write_json(args.json, [{"layer": "all"} | scalars, *rows])
 

@@ -16,6 +16,9 @@ several devices (virtual ones on CPU) against one, see `train.bench_exchange`.
 
 `start` times how long `python -m train` takes to its first step, see `train.bench_start`.
 
+`checkpoints` times training with and without asynchronous checkpoints, see
+`train.bench_checkpoints`.
+
 `all` runs all of them with the flags given, each in a process of its own, see `train.bench_all`.
 
 Runs are interleaved: each round runs every kernel once, and a ratio is the median over rounds of a
@@ -24,16 +27,19 @@ goes falls on both.
 """
 
 import itertools
+import runpy
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from absl import flags
 
-from train import bench_exchange, bench_grouped, bench_peers, timing
+from train import bench_checkpoints, bench_exchange, bench_grouped, bench_peers, timing
 from train.bench_adapter import adapter
 from train.bench_all import measure_all
 from train.bench_router import routers
 from train.bench_start import starts
+from train.config import freeze
 from train.tables import check_json_path, print_table, write_json
 from train.timing import Row
 
@@ -84,7 +90,12 @@ flags.DEFINE_list(
 )
 flags.DEFINE_integer("rank", 0, "router: R; 0: see BasisConfig.", flag_values=FLAGS)
 flags.DEFINE_list("peers", list(bench_peers.PEERS), "peers: which are timed.", flag_values=FLAGS)
-flags.DEFINE_string("config", "configs/lm_sotu.py", "start: the experiment.", flag_values=FLAGS)
+flags.DEFINE_string(
+    "config", "configs/lm_sotu.py", "start and checkpoints: the experiment.", flag_values=FLAGS
+)
+flags.DEFINE_integer(
+    "every", 50, "checkpoints: steps between two.", lower_bound=1, flag_values=FLAGS
+)
 flags.DEFINE_boolean("help", False, "Print this help.", short_name="h", flag_values=FLAGS)
 
 
@@ -123,8 +134,8 @@ def _all() -> int:
 
 
 def _shape(names: Sequence[str]) -> str:
-    if names[0] in ("adapter", "start"):
-        return ""
+    if names[0] in ("adapter", "start", "checkpoints"):
+        return f": {FLAGS.config}" if names[0] != "adapter" else ""
     return f": T={FLAGS.tokens} D={FLAGS.width} F={FLAGS.hidden} K={FLAGS.chosen} {FLAGS.dtype}"
 
 
@@ -156,7 +167,7 @@ def _shown(row: Row) -> Row:
     cells = {
         name: row[name] for name in (*names, "model", "dtype", "images", "rounds") if name in row
     }
-    for part in ("forward", "step", "layer", "router", "start"):
+    for part in ("forward", "step", "layer", "router", "start", "plain", "saving"):
         if f"{part}_ms" not in row:
             continue
         cells[f"{part} ms"] = timing.shown(row, part)
@@ -166,6 +177,12 @@ def _shown(row: Row) -> Row:
     if "share" in row:
         spread = f"{row['share_min']:.3f}-{row['share_max']:.3f}"
         cells["router / layer"] = f"{row['share']:.3f} ({spread})"
+    if "overhead" in row:
+        cells = {"every": row["every"], "bytes": row["bytes"]} | cells
+        for name in ("overhead", "processor_overhead"):
+            middle, least, most = (100 * row[f"{name}{end}"] for end in ("", "_min", "_max"))
+            cells[f"{name.replace('_', ' ')} %"] = f"{middle:.1f} ({least:.1f} to {most:.1f})"
+        cells["save call ms"] = f"{row['call_ms']:.1f}"
     if "apart" in row:
         cells["apart"] = f"{row['apart']:.1e}"
     if "compile_s" in row:
@@ -229,12 +246,26 @@ def router() -> list[Row]:
     return routers(list(FLAGS.routers), experts, shape, FLAGS.dtype, FLAGS.repeats)
 
 
+def checkpoints() -> list[Row]:
+    """Times checkpoints, see `train.bench_checkpoints.checkpoints`.
+
+    Raises:
+        ValueError: the experiment is impossible.
+        FileNotFoundError: there is no such configuration.
+    """
+    if not Path(FLAGS.config).is_file():
+        raise FileNotFoundError(f"--config={FLAGS.config}: there is no such file.")
+    config = freeze(runpy.run_path(FLAGS.config)["get_config"]())
+    return bench_checkpoints.checkpoints(config, FLAGS.every, FLAGS.repeats)
+
+
 BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
     "grouped": grouped,
     "router": router,
     "peers": peers,
     "adapter": lambda: adapter(FLAGS.images, FLAGS.repeats, FLAGS.model, FLAGS.dtype),
     "exchange": exchange,
+    "checkpoints": checkpoints,
     "start": lambda: starts(FLAGS.config, (), FLAGS.repeats),
 }
 

@@ -71,6 +71,11 @@ def _run_on_several(main: Callable[[list[str]], Any], argv: list[str]) -> None:
         sys.exit(2)
     except (Exception, KeyboardInterrupt):
         traceback.print_exc()
+        print(
+            f"process {jax.process_index()} of {jax.process_count()} ends. If another one was"
+            " lost, all end; the same command on all goes on from the last checkpoint",
+            file=sys.stderr,
+        )
         cluster.leave(1)
 
 

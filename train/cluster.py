@@ -41,6 +41,9 @@ TIMEOUT_S = 300
 SHARED_S = 60.0
 """Seconds until a file that process 0 wrote must be seen by all; NFS may cache as long."""
 
+HEARTBEAT_S = 100
+"""Seconds without a sign of life after which a process counts as dead, by default: JAX's."""
+
 FAILED_MS = 5000
 """Milliseconds that a process which has failed waits for others to fail alike."""
 
@@ -62,6 +65,12 @@ def define_flags() -> None:
     flags.DEFINE_integer("process_id", None, "This process, 0 to num_processes - 1.")
     flags.DEFINE_float(
         "cluster_timeout", TIMEOUT_S, "Seconds to wait for all processes.", lower_bound=1.0
+    )
+    flags.DEFINE_integer(
+        "heartbeat_timeout",
+        HEARTBEAT_S,
+        "Seconds without a sign of life of a process until the others end.",
+        lower_bound=1,
     )
 
 
@@ -92,6 +101,7 @@ def join(environ: Mapping[str, str]) -> None:
         local_device_ids=devices,
         cluster_detection_method="deactivate",  # all is known
         initialization_timeout=int(args.cluster_timeout),
+        heartbeat_timeout_seconds=args.heartbeat_timeout,
     )
 
 
@@ -201,9 +211,21 @@ def failed_alike(text: str) -> str | None:
     Returns:
         What each process or group of them tells; None if some have not failed.
     """
+    texts = _stopped_texts("failed", text)
+    return None if texts is None else _joined(texts)
+
+
+def stopped_alike(text: str) -> bool:
+    """Whether all processes have stopped and give the same text; waits a few seconds for them."""
+    texts = [text] if jax.process_count() == 1 else _stopped_texts("stopped", text)
+    return texts is not None and len(set(texts)) == 1
+
+
+def _stopped_texts(key: str, text: str) -> list[str] | None:
+    """Every process's text once all have come; None if some have not."""
     try:
-        ocp.multihost.get_barrier_sync_fn()(key="failed", timeout_ms=FAILED_MS)
-        return _joined(gather_texts(text))
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=FAILED_MS)
+        return gather_texts(text)
     except Exception:  # the others are in the middle of a step, or gone
         return None
 

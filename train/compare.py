@@ -34,7 +34,7 @@ from ml_collections import config_dict, config_flags
 
 from emoe_jax.config import require
 from emoe_jax.multihost import gather_texts
-from train import cli, cluster, figures, outcome, tables
+from train import cli, cluster, figures, notice, outcome, tables
 from train.comparison import Interval, compare, shown
 from train.config import digest
 from train.logs import read_metrics
@@ -125,7 +125,7 @@ def run_jobs(jobs: Sequence[Job], *, measured: bool = True) -> list[Result]:
         measured: whether diversity is measured and the log gathered. Otherwise a result holds the
             scalars of the last evaluation alone.
     """
-    with _compiled_once():
+    with notice.heeded(jobs[0].tree.checkpoint.grace_s), _compiled_once():
         return _run_each(jobs, measured)
 
 

@@ -43,12 +43,15 @@ class CheckpointConfig:
             of `every`.
         keep_best: how many of the best by held-out loss are kept besides, among those written at a
             step that is evaluated (a multiple of eval_every).
+        grace_s: seconds after SIGTERM or SIGINT in which the run saves and ends, see
+            `train.notice`; below what the machine leaves it, which is often 30.
     """
 
     every: int = 200
     keep_last: int = 2
     keep_every: int = 0
     keep_best: int = 1
+    grace_s: float = 25.0
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -62,6 +65,7 @@ class CheckpointConfig:
             f"{self.every}, so those steps are not all saved; set checkpoint.keep_every to"
             f" {-(-self.keep_every // self.every) * self.every}",
         )
+        require(self.grace_s > 0, f"checkpoint.grace_s={self.grace_s} is not above zero")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from absl import flags
 
 from emoe_jax.models.stack import layer_names
 from emoe_jax.sharding import replicated
-from train import cli, cluster, tables
+from train import cli, cluster, notice, tables
 from train.data.text import TextData
 from train.run import Run, load_trained
 from train.step import layer_metrics
@@ -68,11 +68,15 @@ def evaluate(run: Run, evaluator: Evaluator, state: Tree) -> tuple[Scalars, Rows
     Returns:
         Scalars by slash names: `eval/loss` (nats per target or image), `eval/bits_per_byte` or
         `eval/accuracy`, and those of routing; and the routing table, one row an expert layer.
+
+    Raises:
+        notice.Interrupted: the run is to end, see `train.notice`.
     """
     key = run.key()
     total: Any = None
     batches = 0
     for batch in heldout(run):
+        notice.check()
         placed = run.to_devices(batch, run.eval_batch)
         part = evaluator.step(state["params"], state["router"], placed, key)
         # float64: a float32 sum over many batches would lose digits of the result.

@@ -24,7 +24,7 @@ from emoe_jax.dispatch.selfcheck import check_exchange
 from emoe_jax.grouped import resolve_backend
 from emoe_jax.optim import partition
 from emoe_jax.sharding import replicated
-from train import cluster, provenance, sample
+from train import cluster, notice, provenance, sample
 from train.config import ExperimentConfig, changed_keys, digest, freeze, to_json
 from train.data.text import TextData
 from train.evaluate import (
@@ -38,6 +38,7 @@ from train.evaluate import (
 from train.flops import active_parameters
 from train.initial import check_frozen, initial_params, place_params
 from train.logs import RunLog
+from train.rescue import Rescue
 from train.run import CONFIG_FILE, Run, build, open_checkpoints, read_config
 from train.settle import calibrate, compile_forward, settle
 from train.telemetry import Meter
@@ -98,7 +99,7 @@ def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[Scalars,
         # ------------------------------------------------------------ training, unless it is done
         evaluator, result = compile_evaluate(run), None
         if resumed != config.steps:
-            compiled = _compile_train(run, example)
+            compiled = compile_train(run, example)
             log = RunLog(
                 workdir,
                 total_steps=config.steps,
@@ -106,10 +107,11 @@ def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[Scalars,
                 resume_step=resumed,
                 enabled=cluster.is_first(),
             )
-            with log, _Compilations() as counter:
+            meta = provenance.meta(tree, config, workdir)
+            rescue = Rescue(checkpoints, meta)
+            with log, _Compilations() as counter, rescue:
                 passes = compiled, forward, evaluator
-                meta = provenance.meta(tree, config, workdir)
-                parts = _Parts(run, batches, *passes, checkpoints, meta, log, counter)
+                parts = _Parts(run, batches, *passes, checkpoints, meta, log, counter, rescue)
                 state, result = _steps(parts, state, resumed or 0)
         batches.close()
     scalars, rows = result or evaluate(run, evaluator, state)
@@ -280,6 +282,7 @@ class _Parts(NamedTuple):
     meta: Tree
     log: RunLog
     compilations: _Compilations
+    rescue: Rescue
 
 
 def _steps(parts: _Parts, state: Tree, start: int) -> tuple[Tree, Any]:
@@ -296,35 +299,44 @@ def _steps(parts: _Parts, state: Tree, start: int) -> tuple[Tree, Any]:
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             batch = run.to_devices(next(parts.batches), config.batch)
             state, metrics = parts.compiled(state, batch, key)
+        position, last = parts.batches.get_state(), step == config.steps
+        if not last:
+            parts.rescue.hold(step, state, position)
+        stop = notice.reached(step) and not last
         if profiled and step == profiled[-1] and cluster.is_first():
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
         meter.see(metrics)
-        last = step == config.steps
         if step % config.log_every == 0 or last or step == start + 1:
             meter.log(step, metrics, state, log)
         if step == start + 1:
             after_first = parts.compilations.count
         measured: dict[str, float] = {}
-        if step % config.eval_every == 0 or last:
+        if (step % config.eval_every == 0 and not stop) or last:
             jax.block_until_ready(state)
             with meter.left_out():
-                state = settle(run, parts.forward, state) if last else state
-                result = evaluate(run, parts.evaluator, state)
-            measured = result[0]
-            log.write(step, measured)
+                if last:  # only what has settled is the state of the last step
+                    state = settle(run, parts.forward, state)
+                    parts.rescue.hold(step, state, position)
+                result, stop = _evaluate(parts, state)
+            if result is not None:
+                measured = result[0]
+                log.write(step, measured)
         before = parts.compilations.count
         was_saved = checkpoints.save(
             step,
             state,
-            data_state=parts.batches.get_state(),
+            data_state=position,
             meta=parts.meta,
             metrics=measured,
-            force=last,
+            force=last or stop,
         )
         in_saves += parts.compilations.count - before
         if was_saved:
             meter.saved(state)
+        if stop:
+            checkpoints.wait()
+            notice.end(step)
     checkpoints.wait()
     LOGGER.info(
         "the training step is one executable, compiled before step %d; compilations after that"
@@ -336,13 +348,21 @@ def _steps(parts: _Parts, state: Tree, start: int) -> tuple[Tree, Any]:
     return state, result
 
 
+def _evaluate(parts: _Parts, state: Tree) -> tuple[tuple[Scalars, Rows] | None, bool]:
+    """The result of an evaluation, and whether the run is to end instead."""
+    try:
+        return evaluate(parts.run, parts.evaluator, state), False
+    except notice.Interrupted:
+        return None, True
+
+
 def _profiled(config: ExperimentConfig, start: int) -> range:
     """The steps to profile: `PROFILE_AFTER` steps on, earlier where fewer steps are left."""
     first = min(start + 1 + PROFILE_AFTER, config.steps + 1 - config.profile)
     return range(max(first, start + 1), min(first + config.profile, config.steps + 1))
 
 
-def _compile_train(run: Run, example: dict[str, np.ndarray]) -> Any:
+def compile_train(run: Run, example: dict[str, np.ndarray]) -> Any:
     """The training step, compiled ahead of time: it cannot be compiled again by accident."""
     places = jax.tree.map(lambda leaf: leaf.sharding, run.abstract)
     step = jax.jit(run.steps.train, donate_argnums=0, out_shardings=(places, replicated(run.mesh)))

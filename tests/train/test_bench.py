@@ -31,7 +31,9 @@ def test_bad_input_is_refused(capsys, words, message):
 def test_help_lists_benchmarks(capsys):
     assert bench.main(["bench", "--help"]) == 0
     printed = capsys.readouterr().out
-    assert "Benchmarks: grouped, router, peers, adapter, exchange, start, all." in printed
+    assert (
+        "Benchmarks: grouped, router, peers, adapter, exchange, checkpoints, start, all." in printed
+    )
     assert "--tokens" in printed
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -198,13 +199,17 @@ def test_different_configurations_are_refused_with_their_hashes(three):
 class Runs(NamedTuple):
     """A run of one process, its experts on eight devices, and the same of two with four each.
 
-    The latter was begun by launch/slurm.sbatch, killed, and ended by cluster_worker.py.
+    The latter was begun by launch/slurm.sbatch, where one process was asked to end; then one of two
+    was killed; then cluster_worker.py came to the end.
     """
 
     one: pathlib.Path
     two: pathlib.Path
-    steps_before: list[int]
-    begun: tuple[int, str, str]
+    asked: tuple[int, str, str]
+    saved: list[int]
+    requeued: str
+    killed: list[tuple[int, str, str]]
+    saved_later: list[int]
     absent: tuple[int, str, str]
     ended: list[tuple[int, str, str]]
     seen: list[dict[str, Any]]
@@ -262,34 +267,64 @@ def saved_steps(workdir: pathlib.Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
-SRUN = """#!/bin/bash
-# Stands for SLURM's srun: two tasks on this machine.
+STUBS = {
+    "srun": """#!/bin/bash
+# Stands for SLURM's srun: two tasks on this machine, and the higher of their codes.
 [[ $1 == --kill-on-bad-exit=1 ]] && shift
 export SLURM_STEP_NODELIST=localhost SLURM_STEP_NUM_NODES=1 SLURM_NTASKS=2
-for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & done
-wait
-"""
+for i in 0 1; do
+  SLURM_PROCID=$i SLURM_LOCALID=$i "$@" &
+  echo $! > "$TASKS/$i"
+done
+highest=0
+for i in 0 1; do
+  wait "$(cat "$TASKS/$i")"
+  code=$?
+  ((code > highest)) && highest=$code
+done
+exit $highest
+""",
+    "squeue": """#!/bin/bash
+echo RUNNING
+""",
+    "scontrol": """#!/bin/bash
+echo "$@" > "$TASKS/scontrol"
+""",
+}
+"""What stands for SLURM's programs; the tasks' numbers come to lie in the folder TASKS."""
 
 
 def slurm_command(folder: pathlib.Path) -> tuple[list[str], dict[str, str]]:
     """launch/slurm.sbatch as a batch job runs it, and its environment."""
     (folder / "bin").mkdir()
-    (folder / "bin/srun").write_text(SRUN)
-    (folder / "bin/srun").chmod(0o755)
+    for name, text in STUBS.items():
+        (folder / "bin" / name).write_text(text)
+        (folder / "bin" / name).chmod(0o755)
     environment = {
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
         "SLURM_JOB_ID": str(free_port(61440, 65536) - 61440),
+        "TASKS": str(folder / "bin"),
         "PYTHON": sys.executable,
         "CONFIG": str(folder / "experiment.py"),
         "WORKDIR": str(folder / "two"),
     }
-    mesh = ["--config.mesh.fsdp=2", "--config.mesh.expert=4"]
-    return [str(ROOT / "launch/slurm.sbatch"), *mesh], environment
+    return [str(ROOT / "launch/slurm.sbatch"), *SPREAD], environment
+
+
+SPREAD = ["--config.mesh.fsdp=2", "--config.mesh.expert=4"]
+
+
+def wait_for_step(workdir: pathlib.Path, above: int, process: subprocess.Popen[str]) -> None:
+    """Returns when a step above a number is logged."""
+    file = workdir / "metrics.jsonl"
+    while not (file.exists() and any(r["step"] > above for r in read_metrics(workdir))):
+        assert process.poll() is None, finish(process)
+        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Two processes train and are killed; two others go on, on another mesh, and look around."""
+    """Two processes are asked to end, two lose one; two more, on another mesh, look around."""
     folder = tmp_path_factory.mktemp("cluster")
     source = write_corpus(folder / "text")
     keys: dict[str, Any] = {"steps": 12, "eval_every": 6, "checkpoint": {"every": 2}}
@@ -306,13 +341,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         started([[*alone, f"--workdir={one}", "--config.mesh.expert=8"]], folder, 8) as (single,),
         started([command], folder, **environment) as (batch,),
     ):
-        while not saved_steps(two):
-            assert batch.poll() is None, finish(batch)
-            time.sleep(0.01)
-        os.killpg(batch.pid, signal.SIGKILL)
-        begun = finish(batch)
+        wait_for_step(two, 0, batch)
+        os.kill(int((folder / "bin/1").read_text()), signal.SIGTERM)
+        asked = finish(batch)
         assert finish(single)[0] == 0
-    before = saved_steps(two)
+    saved = saved_steps(two)
+    requeued = (folder / "bin/scontrol").read_text()
+    assert requeued == f"requeue {environment['SLURM_JOB_ID']}\n"
+    again = [*alone, f"--workdir={two}", "--heartbeat_timeout=10", *SPREAD]
+    with started(members(again), folder) as processes:
+        wait_for_step(two, max(saved), processes[0])
+        processes[1].kill()
+        killed = [finish(process) for process in processes]
+    later = saved_steps(two)
     worker = [sys.executable, "-m", "tests.train.cluster_worker", f"--folder={folder}"]
     lonely = members([*alone, f"--workdir={folder / 'never'}", "--cluster_timeout=1"])[0]
     with (
@@ -326,7 +367,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     assert all(file.is_file() for file in files), ended
     seen = [json.loads(file.read_text()) for file in files]
     state = dict(np.load(folder / "state.npz"))
-    return Runs(one, two, before, begun, absent, ended, seen, state)
+    return Runs(one, two, asked, saved, requeued, killed, later, absent, ended, seen, state)
 
 
 def losses(workdir: pathlib.Path) -> dict[int, list[float]]:
@@ -334,8 +375,37 @@ def losses(workdir: pathlib.Path) -> dict[int, list[float]]:
     return {r["step"]: [r[name] for name in names if name in r] for r in read_metrics(workdir)}
 
 
-def test_two_processes_train_what_one_trains_over_a_kill_and_two_meshes(runs):
-    assert max(runs.steps_before) < 12
+def test_one_process_that_is_asked_to_end_lets_both_save_the_same_step(runs):
+    code, _, err = runs.asked  # of the batch script
+    assert code == 75, err
+    assert "SIGTERM: saving after this step, within 25 s\n" in err  # process 1
+    told = f"a signal to another process: step {max(runs.saved)} is saved"
+    assert err.count(told) == 1  # process 0; the other does not print
+    assert max(runs.saved) < 12
+    assert runs.requeued.startswith("requeue ")
+
+
+def test_one_process_that_is_killed_ends_the_other_with_words(runs):
+    (code, _, err), (second, _, _) = runs.killed
+    assert (code, second) == (1, -signal.SIGKILL), err
+    assert "nothing is saved, as other processes have not stopped after the same step" in err
+    assert "process 0 of 2 ends. If another one was lost, all end; the same command on all" in err
+    assert f"resuming {runs.two} from step {max(runs.saved)}\n" in err
+    assert max(runs.saved_later) < 12
+
+
+def test_the_time_until_a_silent_process_counts_as_dead_is_a_flag(monkeypatch):
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(cluster, "meet", lambda *_: None)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **kwargs: given.update(kwargs))
+    flags = SimpleNamespace(coordinator="h:1", num_processes=2, process_id=0, cluster_timeout=300)
+    flags.heartbeat_timeout = 7
+    monkeypatch.setattr(cluster, "flags", SimpleNamespace(FLAGS=flags))
+    cluster.join({})
+    assert given["heartbeat_timeout_seconds"] == 7
+
+
+def test_two_processes_train_what_one_trains_over_two_ends_and_two_meshes(runs):
     one, two = losses(runs.one), losses(runs.two)
     assert list(one) == list(two) == list(range(1, 13))
     assert len(one[6]) == len(one[12]) == 4
@@ -344,7 +414,7 @@ def test_two_processes_train_what_one_trains_over_a_kill_and_two_meshes(runs):
 
 
 def test_only_the_first_process_prints_and_writes_logs(runs):
-    _, _, err = runs.begun  # of both processes
+    _, _, err = runs.asked  # of both processes
     assert err.count("/two/config.json") == 1
     assert "mesh {'data': 1, 'fsdp': 2, 'expert': 4, 'tensor': 1} of cpu in 2 processes" in err
     assert "some parts of the data are read by several" not in err
@@ -353,7 +423,7 @@ def test_only_the_first_process_prints_and_writes_logs(runs):
     assert err.count("resuming") == 1
     assert "step 12: held out" not in silent
     assert "resuming" not in quiet
-    assert len(list(runs.two.glob("events.out.tfevents.*"))) == 2  # one for each launch
+    assert len(list(runs.two.glob("events.out.tfevents.*"))) == 3  # one for each launch
     assert not list(runs.two.glob(".shared*"))
     lines = (runs.two / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in lines]

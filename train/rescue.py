@@ -1,0 +1,92 @@
+"""Saves the last complete state of a run that an error stops."""
+
+from __future__ import annotations
+
+import logging
+from types import TracebackType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from emoe_jax.checkpoint import CheckpointError, Checkpoints
+from train import cluster
+
+Tree = Any
+
+LOGGER = logging.getLogger(__name__)
+
+
+class Rescue:
+    """Saves what it holds when an error leaves the context; the error goes on.
+
+    It says what it has done, and why where it saves nothing: before the first step there is nothing
+    new; a step that fails has taken its arguments' memory (they are donated); arrays with NaN or
+    infinity are no state to go on from; and where only some of several processes have failed,
+    the others would not take part in a save. A failed save is not tried again.
+
+    Args:
+        checkpoints: of the run.
+        meta: as `Checkpoints.save` takes it.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, meta: Tree) -> None:
+        self._checkpoints, self._meta = checkpoints, meta
+        self._step: int | None = None
+        self._state: Tree = None
+        self._position: Tree = None
+
+    def hold(self, step: int, state: Tree, position: Tree) -> None:
+        """Takes the state after a step, in place of the one before.
+
+        Args:
+            step: optimizer steps done.
+            state: the training state after them; may be donated later.
+            position: of the data, as `Checkpoints.save` takes it.
+        """
+        self._step, self._state, self._position = step, state, position
+
+    def __enter__(self) -> Rescue:
+        """Returns itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Saves if an error has come; an ordinary exit of the program is none."""
+        stopped = isinstance(error, Exception | KeyboardInterrupt)
+        if not stopped or isinstance(error, CheckpointError) or self._step is None:
+            return
+        name = type(error).__name__
+        try:
+            outcome = self._save()
+        except Exception as second:  # whatever it is, the first error is the one to show
+            outcome = f"step {self._step} could not be saved: {second}"
+        LOGGER.error("training stops with %s; %s", name, outcome)
+
+    def _save(self) -> str:
+        """Saves; what came of it."""
+        step, state = self._step, self._state
+        assert step is not None
+        if not cluster.stopped_alike(str(step)):
+            return (
+                "nothing is saved, as other processes have not stopped after the same step and"
+                " would not take part"
+            )
+        if any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
+            return f"step {step} is not saved: step {step + 1} had taken its memory"
+        if not bool(_all_finite(state)):
+            return f"step {step} is not saved: it holds NaN or infinity"
+        given = {"data_state": self._position, "meta": self._meta, "force": True}
+        new = self._checkpoints.save(step, state, **given)
+        self._checkpoints.wait()
+        return f"step {step} {'is saved' if new else 'was saved already'}"
+
+
+@jax.jit
+def _all_finite(state: Tree) -> jax.Array:
+    floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]).all()
