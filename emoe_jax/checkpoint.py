@@ -83,6 +83,7 @@ class Checkpoints:
     Raises:
         ValueError: a count is out of range.
         FileNotFoundError: `read_only`, and there is no such directory.
+        CheckpointError: the checkpoints that are there cannot be opened.
     """
 
     def __init__(
@@ -104,11 +105,20 @@ class Checkpoints:
         self._read_only = read_only
         self._best_metric = best_metric
         self._pending: int | None = None
-        self._manager = ocp.CheckpointManager(
-            path if "://" in path else os.path.abspath(os.path.expanduser(path)),
-            options=_options(every, keep_last, int(keep_best), self._badness, read_only),
-            handler_registry=_registry(),
-        )
+        try:
+            self._manager = ocp.CheckpointManager(
+                path if "://" in path else os.path.abspath(os.path.expanduser(path)),
+                options=_options(every, keep_last, int(keep_best), self._badness, read_only),
+                handler_registry=_registry(),
+            )
+        except OSError:
+            raise
+        # Orbax reads the metrics of all steps, and of damaged ones raises what their parser does.
+        except Exception as error:
+            raise CheckpointError(
+                f"The checkpoints in {path} could not be opened: {_first_line(error)}. If files "
+                "are damaged, move the folder of their step away."
+            ) from error
         self.directory = self._manager.directory
         if not self.directory.exists():
             raise FileNotFoundError(
@@ -200,8 +210,15 @@ class Checkpoints:
         return max(self.all_steps(), default=None)
 
     def best_step(self) -> int | None:
-        """The step of lowest `best_metric` (the later of equals); None if no step has it."""
-        scores = {step: self._badness(self._manager.metrics(step)) for step in self.all_steps()}
+        """The step of lowest `best_metric` (the later of equals); None if no step has it.
+
+        Raises:
+            CheckpointError: the metrics of a step cannot be read.
+        """
+        scores = {}
+        for step in self.all_steps():
+            with self._reading(step):
+                scores[step] = self._badness(self._manager.metrics(step))
         finite = {step: score for step, score in scores.items() if math.isfinite(score)}
         return min(finite, key=lambda step: (finite[step], -step), default=None)
 
@@ -284,7 +301,7 @@ class Checkpoints:
 
     def _badness(self, metrics: Mapping[str, float] | None) -> float:
         """The number that `best_metric` ranks by; infinity where it was not measured."""
-        return (metrics or {}).get(self._best_metric, math.inf)
+        return float((metrics or {}).get(self._best_metric, math.inf))
 
     def _read_run(self, step: int) -> Tree:
         """The JSON object of a step."""

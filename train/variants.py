@@ -95,7 +95,8 @@ def read_options(path: str) -> dict[str, dict[str, Any]]:
     for name, options in tree.items():
         require(
             isinstance(options, dict),
-            f"--options={path}: variant {name!r} is {reprlib.repr(options)}, not an object; write it {wanted}",
+            f"--options={path}: variant {name!r} is {reprlib.repr(options)}, not an object;"
+            f" write it {wanted}",
         )
     return tree
 
@@ -124,7 +125,8 @@ def _variant(name: str, options: Mapping[str, Mapping[str, Any]]) -> Variant:
         router = given.pop("router", None)
         require(
             isinstance(router, str) and router in ROUTERS,
-            f"variant {name!r} has router={reprlib.repr(router)}; choose one of {', '.join(ROUTERS)}",
+            f"variant {name!r} has router={reprlib.repr(router)}; choose one of"
+            f" {', '.join(ROUTERS)}",
         )
         for key in given:
             require(key != "seed", f"variant {name!r} sets 'seed', which the study decides")

@@ -51,6 +51,7 @@ class Reader:
 
     Attributes:
         share: its part of all cases, in thousandths.
+        peak: bytes of memory that an input may take at most.
         inputs: makes valid inputs.
         mutators: by ending of a file's name, see `mutate.damage_folder`.
         read: reads the input in the working folder.
@@ -65,6 +66,7 @@ class Reader:
     read: Callable[[pathlib.Path], Any]
     raises: tuple[type[BaseException], ...] = (ValueError,)
     words: Callable[[], Collection[str]] = tuple
+    peak: int = 256 * 2**20
 
     def corpus(self) -> Sequence[Input]:
         """The valid inputs, made once."""
@@ -435,9 +437,22 @@ READERS = {
     "txt": Reader(40, _texts, BYTES, _read_documents),
     "jsonl": Reader(80, _jsonl, {"": mutate.damage_lines}, _read_documents),
     "parquet": Reader(80, _parquet, BYTES, _read_documents),
-    "idx": Reader(70, _idx, {"": mutate.damage_gzip}, _read_idx, (ValueError, FileNotFoundError)),
+    "idx": Reader(
+        70,
+        _idx,
+        {"": mutate.damage_gzip},
+        _read_idx,
+        (ValueError, FileNotFoundError),
+        lambda: ("data.classes", "data.image_size"),
+    ),
     "image": Reader(
-        100, _pictures, {"": mutate.damage_png}, _read_picture, words=lambda: ("example 0",)
+        100,
+        _pictures,
+        {"": mutate.damage_png},
+        _read_picture,
+        words=lambda: ("example 0",),
+        # The largest image that is read, four bytes a pixel, and its conversion.
+        peak=2 * 4 * 90_000_000,
     ),
     "tokenizer": Reader(80, _tokenizers, JSON, _read_tokenizer),
     "run_texts": Reader(40, _run_texts, JSON | BYTES, _read_run_texts, words=lambda: ("files:",)),

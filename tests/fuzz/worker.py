@@ -1,8 +1,8 @@
 """The process that reads damaged inputs, one after the other, until one of them kills it.
 
 It takes cases as JSON lines and answers each with a verdict. A case takes at most `CPU_S` seconds
-of processor time (the clock on the wall would tell of other work on the machine) and `PEAK` bytes
-of memory besides what the process has; the address space is bounded as well, so that an allocation
+of processor time (the clock on the wall would tell of other work on the machine) and the reader's
+`peak` of memory besides what the process has; the address space is bounded as well, so that an allocation
 by a length from a header fails rather than being swapped.
 """
 
@@ -21,7 +21,6 @@ import traceback
 from typing import Any
 
 CPU_S = 10
-PEAK = 256 * 2**20
 ADDRESS_SPACE = 2 * 2**30
 LONGEST = 4000
 """Characters of a message, besides twice those of the input that it quotes."""
@@ -62,7 +61,7 @@ def judge(reader: Any, files: dict[str, bytes], folder: pathlib.Path, guard: Any
         wrong.append("wrote outside its folder")
     if seconds > CPU_S:
         wrong.append(f"took {seconds:.1f} s")
-    if peak > PEAK:
+    if peak > reader.peak:
         wrong.append(f"took {peak / 2**20:.0f} MiB")
     trace = "".join(traceback.format_exception(error)) if wrong and error else ""
     return {
