@@ -77,18 +77,17 @@ class Campaign:
         line = self._answer(worker)
         if line:
             return Verdict(reader, seed, case, **json.loads(line))
-        how = self._end(worker)
+        how = self._end(worker, hangs=line is None)
         printed = (self._folder / "printed.txt").read_text(encoding="utf-8", errors="replace")
         return Verdict(reader, seed, case, "death", how, printed[-TRACE:])
 
-    def _end(self, worker: subprocess.Popen[bytes]) -> str:
-        """Waits for a worker that does not answer, or ends it; says which."""
+    def _end(self, worker: subprocess.Popen[bytes], hangs: bool) -> str:
+        """Waits for a worker that has ended, or ends it; says which."""
         self._worker = None
-        try:
-            worker.communicate(timeout=10)
-        except subprocess.TimeoutExpired:
+        if hangs:
             worker.kill()
-            worker.communicate()
+        worker.communicate()
+        if hangs:
             return f"hangs: no answer in {PATIENCE_S:.0f} s"
         code = worker.returncode
         return f"ended the process: {signal.strsignal(-code) if code < 0 else f'exit {code}'}"
@@ -116,13 +115,13 @@ class Campaign:
         )
         return self._worker
 
-    def _answer(self, worker: subprocess.Popen[bytes]) -> bytes:
-        """The worker's next line; nothing if it ends, or does not answer in time."""
+    def _answer(self, worker: subprocess.Popen[bytes]) -> bytes | None:
+        """The worker's next line; nothing if it ends, None if it does not answer in time."""
         assert worker.stdout is not None
         with selectors.DefaultSelector() as selector:
             selector.register(worker.stdout, selectors.EVENT_READ)
             if not selector.select(PATIENCE_S):
-                return b""
+                return None
         return worker.stdout.readline()
 
 

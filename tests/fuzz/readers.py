@@ -13,7 +13,7 @@ import pathlib
 import struct
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -32,6 +32,7 @@ from emoe_jax.interop import config_json, released, vit
 from emoe_jax.models import EMoEViT
 from tests.fuzz import mutate
 from tests.fuzz.mutate import Input
+from tests.fuzz.reader import Reader
 from tests.train.tiny import lm_tree, vit_tree
 from train import cli, outcome, report, variants
 from train.config import experiment, flat_keys, freeze, replaced, to_json
@@ -43,43 +44,6 @@ from train.run import CONFIG_FILE, MODEL_FILE, build, read_config, read_model_co
 
 ROOT = pathlib.Path(__file__).parents[2]
 DOCUMENTS = [f"{n} shall not perish — {n * 'é '}from the earth\n" for n in range(5)]
-
-
-@dataclasses.dataclass(frozen=True)
-class Reader:
-    """What is tried.
-
-    Attributes:
-        share: its part of all cases, in thousandths.
-        peak: bytes of memory that an input may take at most.
-        inputs: makes valid inputs.
-        mutators: by ending of a file's name, see `mutate.damage_folder`.
-        read: reads the input in the working folder.
-        raises: what it documents.
-        words: besides file names, words of which one must stand in a message: keys, or what the
-            thing is called.
-    """
-
-    share: int
-    inputs: Callable[[], Sequence[Input]]
-    mutators: dict[str, mutate.Mutator]
-    read: Callable[[pathlib.Path], Any]
-    raises: tuple[type[BaseException], ...] = (ValueError,)
-    words: Callable[[], Collection[str]] = tuple
-    peak: int = 256 * 2**20
-
-    def corpus(self) -> Sequence[Input]:
-        """The valid inputs, made once."""
-        return _made(self.inputs)
-
-    def mutate(self, draw: Any, files: Input, corpus: Sequence[Input]) -> Input:
-        """A damaged copy of an input."""
-        return mutate.damage_folder(self.mutators, draw, files, corpus)
-
-
-@functools.cache
-def _made(inputs: Callable[[], Sequence[Input]]) -> Sequence[Input]:
-    return inputs()
 
 
 def _files(folder: pathlib.Path) -> Input:
@@ -443,7 +407,7 @@ READERS = {
         {"": mutate.damage_gzip},
         _read_idx,
         (ValueError, FileNotFoundError),
-        lambda: ("data.classes", "data.image_size"),
+        lambda: ("data.classes", "data.image_size", "-idx"),
     ),
     "image": Reader(
         100,

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import pathlib
+import struct
 import sys
 from typing import Any
 
@@ -131,6 +132,7 @@ def test_labels_must_match_the_images(tmp_path: pathlib.Path) -> None:
 
 
 GOOD = idx(np.zeros((2, 3, 3), np.uint8))
+HUGE = struct.pack(">4B3I2x", 0, 0, 8, 3, 1, 1, 2**32 - 1)
 
 
 @pytest.mark.parametrize(
@@ -138,9 +140,12 @@ GOOD = idx(np.zeros((2, 3, 3), np.uint8))
     [
         ("a.gz", gzip.compress(GOOD, mtime=0)[:-9], r"a\.gz is damaged"),
         ("a.gz", b"not gzip", r"a\.gz is damaged"),
-        ("a.gz", gzip.compress(GOOD, mtime=0)[:12] + b"\xff" * 40, r"a\.gz is damaged"),
+        ("a.gz", gzip.compress(GOOD, mtime=0)[:10] + b"\xff" * 40, r"a\.gz is damaged"),
+        ("a.gz", gzip.compress(GOOD + bytes(9)), "more than 18 values, but its header promises 18"),
+        ("a.gz", gzip.compress(HUGE), "holds 2 values, but its header promises 4294967295 "),
+        ("a", HUGE, "holds 2 values, but its header promises 4294967295 "),
         ("a", GOOD[:-1], r"holds 17 values, but its header promises 18 \(2 x 3 x 3\)"),
-        ("a", GOOD + b"0", r"holds 19 values, but its header promises 18"),
+        ("a", GOOD + b"0", "holds more than 18 values, but its header promises 18"),
         ("a", GOOD[:9], r"ends inside its header, after 9 of 16 bytes"),
         ("a", b"", "not with the idx magic 00000803"),
         ("a", idx(np.zeros(4, np.uint8)), "begins with 00000801, not with the idx magic 00000803"),
