@@ -264,7 +264,7 @@ class Checkpoints:
         with self._reading(step):
             tree = self._manager.restore(step, args=ocp.args.Composite(state=args))[_STATE]
         arrays = flatten(tree, check_array)
-        here = [k for k, v in digests(arrays).items() if v != run["digests"][k]]
+        here = [k for k, v in digests(arrays).items() if v != run["digests"].get(k)]
         # Copies that several processes hold are read by each: all must know of one that is bad.
         changed = sorted({k for names in gather_texts(json.dumps(here)) for k in json.loads(names)})
         if changed:
@@ -272,7 +272,7 @@ class Checkpoints:
         filled = jax.tree.map_with_path(
             lambda path, _: arrays["/".join(part.key for part in path)], abstract
         )
-        return Restored(filled, None if partial else _positions(run["data_state"]), run["meta"])
+        return Restored(filled, None if partial else run["data_state"], run["meta"])
 
     def wait(self) -> None:
         """Waits until the save in progress is complete.
@@ -304,7 +304,7 @@ class Checkpoints:
         return float((metrics or {}).get(self._best_metric, math.inf))
 
     def _read_run(self, step: int) -> Tree:
-        """The JSON object of a step."""
+        """The JSON object of a step: `digests`, `data_state` and `meta`."""
         steps = self.all_steps()
         if step not in steps:
             raise FileNotFoundError(
@@ -313,7 +313,12 @@ class Checkpoints:
             )
         with self._reading(step):
             args = ocp.args.Composite(run=ocp.args.JsonRestore())
-            return dict(self._manager.restore(step, args=args)[_RUN])
+            run = self._manager.restore(step, args=args)[_RUN]
+            return {
+                "digests": dict(run["digests"]),
+                "data_state": _positions(run["data_state"]),
+                "meta": dict(run["meta"]),
+            }
 
     def _compare(self, step: int, wanted: Mapping[str, Any], partial: bool) -> None:
         """Raises CheckpointMismatch unless the stored names, shapes and dtypes are as wanted."""

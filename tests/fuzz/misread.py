@@ -37,13 +37,13 @@ def _spin(folder: pathlib.Path) -> None:
 
 
 ACTS: dict[str, Callable[[pathlib.Path], Any]] = {
-    "refuses": lambda folder: _raise(ValueError(f"{folder / 'a'} is damaged")),
+    "refuses": lambda folder: _raise(ValueError(f"{FILE} is damaged")),
     "foreign": lambda folder: _raise(KeyError("a")),
     "panics": lambda folder: _raise(GeneratorExit("a")),
     "wordless": lambda folder: _raise(ValueError()),
     "nameless": lambda folder: _raise(ValueError("unexpected end of data")),
-    "endless": lambda folder: _raise(ValueError("a" * 100_000)),
-    "allocates": lambda folder: np.ones(2**29, np.uint8),
+    "endless": lambda folder: _raise(ValueError(FILE + "a" * 100_000)),
+    "allocates": lambda folder: np.ones(2**27, np.uint8),
     "overallocates": lambda folder: np.empty(2**36, np.uint8),
     "writes": lambda folder: (folder.parent / "outside" / "x").write_text("x"),
     "climbs": lambda folder: (folder / ".." / "y").mkdir(exist_ok=True),
@@ -64,7 +64,8 @@ READERS = {
         lambda: [{FILE: b"whole"}],
         {"": lambda draw, data, others: b"damaged"},
         _after_the_first(act),
-        seconds=0.5,
+        peak=64 * 2**20,
+        seconds=2.0,
     )
     for name, act in ACTS.items()
 }

@@ -305,7 +305,7 @@ def _keys(task: str) -> list[str]:
 @functools.cache
 def _config_words() -> Collection[str]:
     names = {part for task in ("lm", "vit") for key in _keys(task) for part in key.split(".")}
-    return {*names, "--config", "head_dim", "mesh"} - {"data", "model"}
+    return {*names, "--config", "config key", "mesh"} - {"data", "model"}
 
 
 def _command_lines() -> Sequence[Input]:
