@@ -29,20 +29,19 @@ CONVERT = ["train.convert", "--to=ours"]
 
 # Whose inputs a program is given, and its arguments; none where these are the input.
 PROGRAMS: dict[str, tuple[str, list[str]]] = {
-    "train": ("argv", []),
     "train jsonl": ("jsonl", [*TRAIN, "--config.data.sources=('files:*.jsonl',)"]),
     "evaluate": ("config", ["train.evaluate", "--workdir=."]),
     "convert": ("weights", [*CONVERT, "--from=model.safetensors"]),
-    "compare": ("variants", [*COMPARE, "--routers=hot,no_offset"]),
 }
 MORE = {
+    "train": ("argv", []),
     "train txt": ("txt", [*TRAIN, "--config.data.sources=('files:*.*',)"]),
     "train parquet": ("parquet", [*TRAIN, "--config.data.sources=('files:*.parquet',)"]),
     "train tokenizer": ("tokenizer", [*TRAIN, "--config.data.tokenizer=tokenizer.json"]),
     "convert torch": ("torch", [*CONVERT, "--from=weights.pth", "--set", "num_heads=2"]),
+    "compare": ("variants", [*COMPARE, "--routers=hot,no_offset"]),
     "report": ("config", ["train.report", "--workdir=."]),
     "sample": ("config", ["train.sample", "--workdir=.", "--prompt=The"]),
-    "study": ("study", ["train.report", "--workdir=none", "--study=study.json"]),
 }
 
 

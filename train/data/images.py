@@ -202,15 +202,16 @@ def read_idx(file: pathlib.Path, dimensions: int) -> np.ndarray:
         try:
             shape = _read_idx_header(stream, file, dimensions)
             size = math.prod(shape)
-            # No more is read than there can be, whatever the header says, nor than it says.
+            # Memory is taken for what can be there, whatever the header promises.
             most = file.stat().st_size * (_DEFLATE_MOST if packed else 1)
-            data = stream.read(min(size, most) + 1)
+            data = stream.read(size + 1) if size <= most else b""
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(f"{file} is damaged: {error}; fetch it again") from error
     if len(data) != size:
-        found = f"{len(data)} values" if len(data) < size else f"more than {size} values"
+        found = f"at most {most}" if size > most else f"{len(data)}"
+        found = f"more than {size}" if len(data) > size else found
         raise ValueError(
-            f"{file} holds {found}, but its header promises {size} "
+            f"{file} holds {found} values, but its header promises {size} "
             f"({' x '.join(map(str, shape))}); fetch it again"
         )
     return np.frombuffer(data, np.uint8).reshape(shape)
