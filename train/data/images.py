@@ -13,7 +13,7 @@ import pathlib
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -217,7 +217,9 @@ def read_idx(file: pathlib.Path, dimensions: int) -> np.ndarray:
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 
-def _read_idx_header(stream: IO[bytes], file: pathlib.Path, dimensions: int) -> tuple[int, ...]:
+def _read_idx_header(
+    stream: io.BufferedIOBase, file: pathlib.Path, dimensions: int
+) -> tuple[int, ...]:
     """Reads the sizes that an idx file promises."""
     length = 4 + 4 * dimensions
     header = stream.read(length)
