@@ -245,5 +245,5 @@ def test_a_group_of_keys_that_is_none_is_named(name, value):
 
 @pytest.mark.parametrize("task", [None, ["lm"], {}])
 def test_a_task_that_is_no_text_is_unknown(task):
-    with pytest.raises(ValueError, match="task=.* is not known; choose one of lm, vit"):
+    with pytest.raises(ValueError, match=r"task=.* is not known; choose one of lm, vit"):
         filled({"task": task})

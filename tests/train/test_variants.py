@@ -47,7 +47,7 @@ def test_names_are_looked_up_in_the_options_first_and_among_the_routers_then(tmp
         ("{", "is no JSON"),
         ({"a": 3}, "variant 'a' is 3, not an object"),
         ({"a": {}}, "variant 'a' has router=None; choose one of "),
-        ({"a": {"router": ["eigen"]}}, "variant 'a' has router=['eigen']; choose one of "),
+        ({"a": {"router": ["eigen"]}}, "variant 'a' has router=('eigen',); choose one of "),
         ({"a": {"router": "eigne"}}, "variant 'a' has router='eigne'; choose one of "),
         ({"a": {"router": "eigen", "seed": 3}}, "sets 'seed', which the study decides"),
     ],
