@@ -257,7 +257,7 @@ def freeze(config: Mapping[str, Any]) -> ExperimentConfig:
     vocabulary is set once its tokenizer is known, see `with_vocab`.
 
     Raises:
-        ValueError: an impossible value or combination.
+        ValueError: an unknown key, a value of another type, or an impossible value or combination.
     """
     tree = config.to_dict() if isinstance(config, config_dict.ConfigDict) else dict(config)
     task = tree["task"]
