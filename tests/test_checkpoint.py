@@ -671,3 +671,29 @@ def test_two_processes_save_together_and_one_process_reads_it(tmp_path: Path) ->
     np.testing.assert_array_equal(restored.train_state["w"], np.arange(16.0))
     assert restored.data_state == {"all": {"next": 4}, "0": "", "1": "x" * 3000}
     assert restored.meta == {"a": 1}
+
+
+def test_metrics_that_are_damaged_are_a_checkpoint_error(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path, every=1) as checkpoints:
+        save(checkpoints, 1, metrics={"eval/loss": 1.0})
+    (file,) = (tmp_path / "1" / "metrics").glob("metrics")
+    file.write_text('{"eval/loss": 1.0')
+    with pytest.raises(CheckpointError, match="could not be opened: JSONDecodeError"):
+        Checkpoints(tmp_path, every=1)
+    file.write_text('{"eval/loss": "low"}')
+    with (
+        pytest.raises(CheckpointError, match="step 1 could not be read: ValueError"),
+        Checkpoints(tmp_path, every=1, read_only=True) as checkpoints,
+    ):
+        checkpoints.best_step()
+
+
+@pytest.mark.parametrize("key", ["digests", "data_state", "meta"])
+def test_a_damaged_record_of_a_step_is_a_checkpoint_error(tmp_path: Path, key: str) -> None:
+    with Checkpoints(tmp_path, every=1) as checkpoints:
+        save(checkpoints, 1)
+        checkpoints.wait()
+        file = tmp_path / "1" / "run" / "metadata"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {key: 3}))
+        with pytest.raises(CheckpointError, match="step 1 could not be read: TypeError"):
+            checkpoints.restore(1, on_one_device(state()))

@@ -133,7 +133,8 @@ def overrides(texts: Sequence[str], flag: str = "override") -> dict[str, Any]:
             raise ValueError(f"--{flag}={text} is not of the form KEY=VALUE")
         try:
             values[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        # All that the function is documented to raise.
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             values[name] = value
     return values
 

@@ -10,6 +10,8 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
+import reprlib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -179,8 +181,7 @@ def experiment(task: str, **overrides: Any) -> config_dict.ConfigDict:
     Raises:
         ValueError: an unknown task or key, or a value of another type.
     """
-    require(task in TASKS, f"task={task!r} is not known; choose one of {', '.join(TASKS)}")
-    model, data = TASKS[task]
+    model, data = _of_task(task)
     tree = {"task": task} | _defaults(ExperimentConfig)
     hidden = {*FROM_DATA[task], "moe"}
     tree["model"] = {k: v for k, v in _defaults(model).items() if k not in hidden}
@@ -237,9 +238,18 @@ def filled(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of one tree over another."""
+    """A copy of one tree over another.
+
+    Raises:
+        ValueError: a group of keys of the lower one is something else in the upper one.
+    """
     tree = dict(below) | dict(above)
     both = [k for k in below.keys() & above.keys() if isinstance(below[k], dict)]
+    for name in both:
+        require(
+            isinstance(above[name], Mapping),
+            f"config key {name!r} is {reprlib.repr(above[name])}, and holds a group of keys",
+        )
     return tree | {name: merged(below[name], above[name]) for name in both}
 
 
@@ -262,17 +272,17 @@ def freeze(config: Mapping[str, Any]) -> ExperimentConfig:
     vocabulary is set once its tokenizer is known, see `with_vocab`.
 
     Raises:
-        ValueError: an impossible value or combination.
+        ValueError: an unknown key, a value of another type, or an impossible value or combination.
     """
     tree = config.to_dict() if isinstance(config, config_dict.ConfigDict) else dict(config)
     task = tree["task"]
-    require(task in TASKS, f"task={task!r} is not known; choose one of {', '.join(TASKS)}")
-    model_class, data_class = TASKS[task]
-    data = _build(data_class, tree.pop("data"))
+    model_class, data_class = _of_task(task)
+    data = _build(data_class, tree.pop("data"), "data.")
     model = dict(tree.pop("model"))
     model["moe"] = tree.pop("moe")
     model |= {name: getattr(data, name) for name in FROM_DATA[task]}
-    return _build(ExperimentConfig, tree | {"model": _build(model_class, model), "data": data})
+    built = {"model": _build(model_class, model, "model."), "data": data}
+    return _build(ExperimentConfig, tree | built)
 
 
 def model_from_tree(task: str, tree: Mapping[str, Any]) -> Any:
@@ -345,13 +355,65 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _build(kind: type, tree: Mapping[str, Any]) -> Any:
-    """A dataclass from a tree, nested ones included; lists become tuples."""
+def _of_task(task: Any) -> tuple[type, type]:
+    """Model and data configuration of a task."""
+    known = isinstance(task, str) and task in TASKS
+    require(known, f"task={reprlib.repr(task)} is not known; choose one of {', '.join(TASKS)}")
+    return TASKS[task]
+
+
+def _build(kind: type, tree: Mapping[str, Any], prefix: str = "") -> Any:
+    """A dataclass from a tree, nested ones included; lists become tuples.
+
+    Args:
+        kind: the dataclass.
+        tree: values by the names of its fields.
+        prefix: of their dotted keys, for errors.
+
+    Raises:
+        ValueError: an unknown key, a value of another type, or what the dataclass refuses.
+    """
     hints = typing.get_type_hints(kind)
     values = {}
     for name, value in tree.items():
-        require(name in hints, f"{kind.__name__} has no key {name!r}")
-        nested = isinstance(value, Mapping) and dataclasses.is_dataclass(hints[name])
-        value = _build(hints[name], value) if nested else value
+        require(name in hints, unknown_key(f"{prefix}{name}", [f"{prefix}{key}" for key in hints]))
+        hint, key = hints[name], f"{prefix}{name}"
+        if isinstance(value, Mapping) and dataclasses.is_dataclass(hint):
+            # The experts' keys stand beside the model's, not below them.
+            assert isinstance(hint, type)
+            value = _build(hint, value, "moe." if name == "moe" else f"{key}.")
         values[name] = tuple(value) if isinstance(value, list) else value
+        require(
+            _fits(values[name], hint),
+            f"config key {key!r} cannot be {reprlib.repr(value)}: it takes {_wanted(hint)}",
+        )
     return kind(**values)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a field's type; whole numbers have 32 bits, as the steps count them."""
+    if isinstance(hint, types.UnionType):
+        return any(_fits(value, part) for part in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        inner = typing.get_args(hint)[0]
+        return isinstance(value, tuple) and all(_fits(each, inner) for each in value)
+    if hint is int:
+        return type(value) is int and abs(value) < 2**31
+    if hint is float:
+        return (type(value) is float and not math.isnan(value)) or _fits(value, int)
+    return isinstance(value, hint)
+
+
+def _wanted(hint: Any) -> str:
+    """The values of a field's type, in words."""
+    if isinstance(hint, types.UnionType):
+        return " or ".join(map(_wanted, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple:
+        return f"a list, each {_wanted(typing.get_args(hint)[0])}"
+    words = {
+        int: "a whole number below 2**31",
+        float: "a number",
+        str: "text",
+        bool: "true or false",
+    }
+    return words.get(hint, "nothing" if hint is types.NoneType else "a group of keys")

@@ -15,13 +15,12 @@ Nothing is written unless every tensor has its place.
 
 from __future__ import annotations
 
-import json
 import pathlib
 from typing import Any
 
 from absl import flags
 
-from emoe_jax import interop, pure
+from emoe_jax import interop, json_file, pure
 from emoe_jax.config import require
 from emoe_jax.interop import files, mapping
 from emoe_jax.manifest import flatten
@@ -92,7 +91,7 @@ def to_torch(source: pathlib.Path, target: pathlib.Path, which: str = "newest") 
 def _content(file: pathlib.Path) -> Any:
     """The JSON of a file; None for anything else."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json_file.read(file)
     except ValueError:
         return None
 

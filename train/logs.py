@@ -20,7 +20,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +65,8 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     if not file.exists():
         raise FileNotFoundError(f"There are no metrics at {file}; give the --workdir of a run.")
     steps: dict[int, dict[str, Any]] = {}
-    for line in _whole_lines(file):
-        scalars = json.loads(line)
-        step = scalars.pop("step")
-        row = steps.setdefault(step, {"step": step})
-        row.update({name: float(value) for name, value in scalars.items()})
+    for scalars in _parsed(file, float):
+        steps.setdefault(scalars["step"], {"step": scalars["step"]}).update(scalars)
     return [steps[step] for step in sorted(steps)]
 
 
@@ -92,13 +89,11 @@ def read_routing(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     if not file.exists():
         raise FileNotFoundError(f"There is no routing over time at {file}; train the run anew.")
     steps: dict[int, dict[str, Any]] = {}
-    for line in _whole_lines(file):
-        layers = json.loads(line)
-        step = layers.pop("step")
-        row = steps.setdefault(step, {"step": step})
+    for layers in _parsed(file, _arrays):
+        row = steps.setdefault(layers["step"], {"step": layers["step"]})
         for layer, arrays in layers.items():
-            read = {name: np.array([float(v) for v in values]) for name, values in arrays.items()}
-            row[layer] = row.get(layer, {}) | read
+            if layer != "step":
+                row[layer] = row.get(layer, {}) | arrays
     return [steps[step] for step in sorted(steps)]
 
 
@@ -389,13 +384,31 @@ def _strict(value: float) -> float | str:
     return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
 
 
+def _arrays(layer: Any) -> dict[str, np.ndarray]:
+    """The arrays of a layer in a routing line."""
+    return {name: np.array([float(v) for v in values]) for name, values in layer.items()}
+
+
+def _parsed(file: Path, read: Callable[[Any], Any]) -> Iterator[dict[str, Any]]:
+    """The objects of a log's lines, each value but the step as `read` gives it."""
+    for number, line in enumerate(_whole_lines(file), start=1):
+        try:
+            tree = {k: v if k == "step" else read(v) for k, v in json.loads(line).items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"Line {number} of {file} holds something else than numbers ({error}). Remove that "
+                "line, or move the file away, or use another --workdir."
+            ) from error
+        yield tree
+
+
 def _whole_lines(file: Path) -> list[str]:
     """The lines of a log, checked, without a last one that the writer did not finish."""
     *lines, _torn = file.read_text(encoding="utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines, start=1):
         try:
             whole = isinstance(json.loads(line)["step"], int)
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             whole = False
         if not whole:
             raise ValueError(

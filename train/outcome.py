@@ -20,6 +20,7 @@ import numpy as np
 from flax import traverse_util
 from ml_collections import config_dict
 
+from emoe_jax import json_file
 from emoe_jax.config import ViTConfig, require
 from emoe_jax.sharding import replicated
 from train import cluster
@@ -244,7 +245,7 @@ def read_result(file: pathlib.Path) -> Result:
         ValueError: the file is damaged.
     """
     try:
-        result = dict(json.loads(file.read_text(encoding="utf-8")))
+        result = json_file.read_object(file)
         metrics = result["metrics"].items()
         result["metrics"] = {k: None if v is None else float(v) for k, v in metrics}
     except (ValueError, TypeError, KeyError, AttributeError) as error:

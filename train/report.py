@@ -6,7 +6,6 @@ balance over training, eigenvalue spectra, how the experts differ and which toke
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import flags
 
+from emoe_jax import json_file
 from emoe_jax.config import LMConfig, ViTConfig, moe_layers, require
 from emoe_jax.models.stack import layer_names
 from train import cli, cluster, diversity, logs, report_experts, report_training, routes, tables
@@ -123,9 +123,9 @@ def read_study(path: str) -> Study:
         " python -m train.compare --json=FILE writes"
     )
     try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
+        tree = json_file.parse(file.read_bytes(), f"--study={path}")
     except ValueError as error:
-        raise ValueError(f"--study={path} is no JSON ({error}); {wanted}") from error
+        raise ValueError(f"{error}; {wanted}") from error
     is_study = (
         isinstance(tree, dict)
         and isinstance(tree.get("run"), dict)
@@ -348,7 +348,7 @@ def _tokens(run: Run) -> int:
 
 def _config_digest(workdir: pathlib.Path) -> str:
     """The digest that training printed."""
-    return digest(json.loads((workdir / CONFIG_FILE).read_text(encoding="utf-8")))
+    return digest(json_file.read_object(workdir / CONFIG_FILE))
 
 
 def _without(row: Mapping[str, Any], *names: str) -> dict[str, Any]:

@@ -7,7 +7,6 @@ it shall live.
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,7 +18,7 @@ import optax
 from flax import nnx, serialization
 from jax.sharding import Mesh
 
-from emoe_jax import pure, sharding
+from emoe_jax import json_file, pure, sharding
 from emoe_jax.checkpoint import Checkpoints
 from emoe_jax.config import LMConfig, ViTConfig, require
 from emoe_jax.models import EMoELM, EMoEViT
@@ -232,7 +231,7 @@ def read_config(file: pathlib.Path) -> dict[str, Any]:
     """The keys in a config.json, and the defaults of those that are younger than it.
 
     Raises:
-        ValueError: the file is damaged.
+        ValueError: the file is damaged: no JSON object, or one with objects in other places.
     """
     return filled(read_json(file))
 
@@ -244,11 +243,11 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
         ValueError: the file is damaged.
     """
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        return json_file.read_object(file)
     except ValueError as error:
         raise ValueError(
-            f"{file} is no JSON object ({error}); delete it and start the training again, which"
-            " writes it anew and goes on from the last checkpoint"
+            f"{error}; delete it and start the training again, which writes it anew and goes on"
+            " from the last checkpoint"
         ) from error
 
 

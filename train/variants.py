@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import pathlib
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import config_dict
 
-from emoe_jax import pure
+from emoe_jax import json_file, pure
 from emoe_jax.config import moe_layers, require
 from emoe_jax.routers import ROUTERS, router_class
 from train.config import experiment, flat_keys, freeze, update
@@ -86,10 +86,7 @@ def read_options(path: str) -> dict[str, dict[str, Any]]:
     file = pathlib.Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"--options={path}: there is no such file")
-    try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"--options={path} is no JSON ({error})") from error
+    tree = json_file.parse(file.read_bytes(), f"--options={path}")
     wanted = 'such as {"no_offset": {"router": "whitened", "moe.routing.offset": false}}'
     require(
         isinstance(tree, dict),
@@ -98,7 +95,8 @@ def read_options(path: str) -> dict[str, dict[str, Any]]:
     for name, options in tree.items():
         require(
             isinstance(options, dict),
-            f"--options={path}: variant {name!r} is {options!r}, not an object; write it {wanted}",
+            f"--options={path}: variant {name!r} is {reprlib.repr(options)}, not an object;"
+            f" write it {wanted}",
         )
     return tree
 
@@ -126,8 +124,9 @@ def _variant(name: str, options: Mapping[str, Mapping[str, Any]]) -> Variant:
         given = {key: _plain(value) for key, value in options[name].items() if key != "tried"}
         router = given.pop("router", None)
         require(
-            router in ROUTERS,
-            f"variant {name!r} has router={router!r}; choose one of {', '.join(ROUTERS)}",
+            isinstance(router, str) and router in ROUTERS,
+            f"variant {name!r} has router={reprlib.repr(router)}; choose one of"
+            f" {', '.join(ROUTERS)}",
         )
         for key in given:
             require(key != "seed", f"variant {name!r} sets 'seed', which the study decides")

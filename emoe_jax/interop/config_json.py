@@ -8,12 +8,12 @@ for one without; both have `model_args`, so that nothing is left to be told.
 
 from __future__ import annotations
 
-import json
 import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from emoe_jax import json_file
 from emoe_jax.config import ViTConfig, moe_layers, require
 from emoe_jax.interop import released
 
@@ -83,9 +83,9 @@ def read(file: pathlib.Path) -> Described:
     if not file.is_file():
         return Described({}, {})
     try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
+        tree = json_file.read(file)
     except ValueError as error:
-        raise ValueError(f"{file} is no JSON ({error}); mend it, or take it away") from error
+        raise ValueError(f"{error}; mend it, or take it away") from error
     tree = tree if isinstance(tree, dict) else {}
     moe = _part(tree, "moe_config")
     name = tree.get("vit_model_name" if moe else "architecture")

@@ -6,6 +6,7 @@ and blocks are in the weights as well; how tokens are routed is in the configura
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -49,7 +50,8 @@ def complete(given: Mapping[str, Any], state: State) -> dict[str, Any]:
         state: the release's state dict.
 
     Raises:
-        ValueError: the router's mode is unknown, or neither given nor without effect.
+        ValueError: the router's mode is unknown, or neither given nor without effect; or a value is
+            of another type than its default.
     """
     there = sizes(state)
     # The one default on which the release does not agree with itself.
@@ -60,10 +62,22 @@ def complete(given: Mapping[str, Any], state: State) -> dict[str, Any]:
         f" configuration: {', '.join(MODES)}",
     )
     known = {key: value for key, value in given.items() if key in DEFAULTS}
+    _check_kinds(known)
     whole = DEFAULTS | there | known
     mode = whole["router_mode"]
     require(mode in MODES, f"router_mode={mode!r} is not known; choose one of {', '.join(MODES)}")
     return whole
+
+
+def _check_kinds(given: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for a value of another type than the release's; `blocks` is free."""
+    for key, value in given.items():
+        kind = type(DEFAULTS[key])
+        kinds = (int, float) if kind is float else (kind,)
+        require(
+            key == "blocks" or type(value) in kinds,
+            f"{key}={reprlib.repr(value)} in the release's configuration is no {kind.__name__}",
+        )
 
 
 def sizes(state: State) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -155,11 +156,22 @@ def _refuse_shapes(state: State) -> None:
 
 
 def refuse_facts(facts: Mapping[str, Any]) -> None:
-    """Raises `ValueError` for facts that `EMoEViT` does not compute.
+    """Raises `ValueError` for facts that `EMoEViT` does not compute, or of another type.
 
     Args:
         facts: see `FACTS`.
     """
+    kinds: dict[str, tuple[type, ...]] = {
+        "num_heads": (int,),
+        "global_pool": (str,),
+        "mlp_ratio": (int, float),
+    }
+    for name, kind in kinds.items():
+        given = facts.get(name)
+        require(
+            given is None or (type(given) in kind and given not in (math.inf, -math.inf)),
+            f"{name}={reprlib.repr(given)} is no {kind[-1].__name__}",
+        )
     for name, only in _ONLY.items():
         given = facts.get(name)
         require(
@@ -250,12 +262,12 @@ def _compare(facts: Mapping[str, Any], known: Mapping[str, Any]) -> None:
 
 def _square(name: str, size: Any) -> int:
     """The side of images or patches, of a number or a pair; 0 for None."""
-    sides = set(size) if isinstance(size, list | tuple) else {size or 0}
+    sides = size if isinstance(size, list | tuple) else [size or 0]
     require(
-        len(sides) == 1 and all(isinstance(side, int) and side >= 0 for side in sides),
-        f"{name}={size} is no square of whole pixels, which EMoEViT takes",
+        bool(sides) and all(type(s) is int and 0 <= s < 2**31 and s == sides[0] for s in sides),
+        f"{name}={reprlib.repr(size)} is no square of whole pixels, which EMoEViT takes",
     )
-    return int(sides.pop())
+    return int(sides[0])
 
 
 def _heads(state: State, width: int, facts: Mapping[str, Any]) -> int:

@@ -101,3 +101,11 @@ def test_what_a_router_takes_where_nothing_is_set_is_told():
 def test_what_the_release_has_no_place_for(changes, words):
     with pytest.raises(ValueError, match=words):
         released.check_exportable(adapter(**changes))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("experts", [4]), ("r", None), ("tau", "1"), ("router_mode", ["top1"])]
+)
+def test_values_have_the_types_of_the_release(key, value):
+    with pytest.raises(ValueError, match=rf"{key}=.* in the release's configuration is no "):
+        released.complete({"router_mode": "top1", key: value}, STATE)

@@ -125,6 +125,12 @@ def test_features_of_two_tokens_are_not_computed():
     [
         ({}, "give num_heads in the configuration"),
         ({"num_heads": 2, "heads": 2}, "unknown key 'heads'; did you mean 'num_heads'"),
+        ({"num_heads": [2]}, r"num_heads=\[2\] is no int"),
+        ({"num_heads": 2, "global_pool": ["avg"]}, r"global_pool=\['avg'\] is no str"),
+        ({"num_heads": 2, "mlp_ratio": "4"}, "mlp_ratio='4' is no float"),
+        ({"num_heads": 2, "mlp_ratio": float("inf")}, "mlp_ratio=inf is no float"),
+        ({"num_heads": 2, "img_size": [[8]]}, r"img_size=\[\[8\]\] is no square of whole pixels"),
+        ({"num_heads": 2, "img_size": 2**31}, "img_size=2147483648 is no square of whole pixels"),
         ({"num_heads": 2, "global_pool": "map"}, "global_pool='map' is not supported"),
         ({"num_heads": 2, "img_size": 9}, "patch=4 does not divide image_size=9"),
         ({"num_heads": 2, "act_layer": "gelu_tanh"}, "act_layer='gelu_tanh' is not supported"),

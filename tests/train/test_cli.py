@@ -146,5 +146,8 @@ def test_overrides_are_python_values_or_text():
         "prompt": "The = union",
         "moe.router": "eigen",
     }
+    # What Python's parser raises for these is no SyntaxError.
+    for text in ("{[]: 1}", "(" * 5000, "-" * 5000 + "1", "9" * 5000):
+        assert cli.overrides([f"prompt={text}"]) == {"prompt": text}
     with pytest.raises(ValueError, match="--override=steps is not of the form KEY=VALUE"):
         cli.overrides(["steps"])

@@ -4,7 +4,9 @@ import gzip
 import io
 import json
 import pathlib
+import struct
 import sys
+import zlib
 from typing import Any
 
 import chex
@@ -131,6 +133,7 @@ def test_labels_must_match_the_images(tmp_path: pathlib.Path) -> None:
 
 
 GOOD = idx(np.zeros((2, 3, 3), np.uint8))
+HUGE = struct.pack(">4B3I2x", 0, 0, 8, 3, 1, 1, 2**32 - 1)
 
 
 @pytest.mark.parametrize(
@@ -138,9 +141,12 @@ GOOD = idx(np.zeros((2, 3, 3), np.uint8))
     [
         ("a.gz", gzip.compress(GOOD, mtime=0)[:-9], r"a\.gz is damaged"),
         ("a.gz", b"not gzip", r"a\.gz is damaged"),
-        ("a.gz", gzip.compress(GOOD, mtime=0)[:12] + b"\xff" * 40, r"a\.gz is damaged"),
+        ("a.gz", gzip.compress(GOOD, mtime=0)[:10] + b"\xff" * 40, r"a\.gz is damaged"),
+        ("a.gz", gzip.compress(GOOD + bytes(9)), "more than 18 values, but its header promises 18"),
+        ("a.gz", gzip.compress(HUGE), "holds at most .* header promises 4294967295 "),
+        ("a", HUGE, "holds at most 18 values, but its header promises 4294967295 "),
         ("a", GOOD[:-1], r"holds 17 values, but its header promises 18 \(2 x 3 x 3\)"),
-        ("a", GOOD + b"0", r"holds 19 values, but its header promises 18"),
+        ("a", GOOD + b"0", "holds more than 18 values, but its header promises 18"),
         ("a", GOOD[:9], r"ends inside its header, after 9 of 16 bytes"),
         ("a", b"", "not with the idx magic 00000803"),
         ("a", idx(np.zeros(4, np.uint8)), "begins with 00000801, not with the idx magic 00000803"),
@@ -236,3 +242,43 @@ def test_tfds_errors(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) ->
     write_prepared(tmp_path, "one", FEATURES, {"train": bad[:1]})
     with pytest.raises(ValueError, match="0 images to train on and 1 to hold out"):
         load_vision(VisionConfig(source="tfds:one"))
+
+
+# What Pillow would do with bytes that are no plain image
+
+
+def decoded(encoded: bytes) -> np.ndarray:
+    examples = [{"image": encoded, "label": 0}]
+    config = VisionConfig(source="tfds:tiny", resize=True)
+    return images.PreparedImages(examples, np.array([0]), config).read(np.array([0]))[0]
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG of so many grey pixels, as far as its header tells."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    end = b"IEND" + struct.pack(">I", zlib.crc32(b"IEND"))
+    checksum = struct.pack(">I", zlib.crc32(header))
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + checksum + bytes(4) + end
+
+
+def test_only_plain_formats_are_opened() -> None:
+    """Pillow would start Ghostscript for the first."""
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    with Image.open(io.BytesIO(postscript)) as image:
+        assert image.format == "EPS"
+    with pytest.raises(ValueError, match=r"'tfds:tiny' example 0 is no image .*JPEG"):
+        decoded(postscript)
+
+
+def test_pictures_too_large_for_memory_are_refused_by_their_header() -> None:
+    with pytest.raises(ValueError, match="example 0 has 9500 x 9500 pixels, more than 89,478,485"):
+        decoded(png_header(9500, 9500))
+    with pytest.raises(ValueError, match=r"example 0 is no image .*decompression bomb"):
+        decoded(png_header(2**31 - 1, 2**31 - 1))
+
+
+def test_whatever_pillow_raises_names_the_example() -> None:
+    """A header cut short is a plain ValueError of Pillow's."""
+    cut = png(0, 8, 8).replace(b"\x00\x00\x00\rIHDR", b"\x00\x00\x00\x05IHDR")
+    with pytest.raises(ValueError, match="'tfds:tiny' example 0 is no image"):
+        decoded(cut)

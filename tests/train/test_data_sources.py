@@ -12,6 +12,7 @@ import tensorflow_datasets as tfds
 
 from tests.data.documents import byte_config, check_state, take, write_documents
 from tests.data.write_prepared import write_prepared
+from train.data.sources import load_documents
 from train.data.text import TextConfig, load_text
 
 TEXT_FEATURES = {"text": tfds.features.Text()}
@@ -176,7 +177,9 @@ def test_impossible_configurations(keys: dict[str, Any], words: str) -> None:
         ("a.txt", b"", r"a\.txt is empty"),
         ("a.txt", b"ab\xffcd", r"a\.txt is not UTF-8: byte 0xff at offset 2"),
         ("a.jsonl", b"\n\n", r"a\.jsonl is empty"),
-        ("a.jsonl", b'{"text": "a"}\n{"text"\n', r"a\.jsonl:2 is not JSON"),
+        ("a.jsonl", b'{"text": "a"}\n{"text"\n', r"a\.jsonl:2 is no JSON"),
+        ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1 is no JSON \(maximum recursion depth"),
+        ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}", r"a\.jsonl:1 is no JSON \(Exceeds the"),
         ("a.jsonl", b'{"body": "a"}\n', r"a\.jsonl:1 has no key 'text' \(found \['body'\]\)"),
         ("a.jsonl", b'["a"]\n', r"a\.jsonl:1 has no key 'text' \(found list\)"),
         ("a.jsonl", b'{"text": 3}\n', r"a\.jsonl:1 has no text under 'text': got 3"),
@@ -189,6 +192,24 @@ def test_damaged_files(tmp_path: pathlib.Path, name: str, content: bytes, words:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=words):
         load_text(byte_config(f"files:{tmp_path}/*"))
+
+
+def test_every_bit_of_a_parquet_file_is_read_or_refused_in_words(tmp_path: pathlib.Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    file = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": ["held", "some text"] * 3})
+    pyarrow.parquet.write_table(table, file, compression="gzip")
+    whole, told = file.read_bytes(), []
+    for at in range(len(whole)):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 0x80]) + whole[at + 1 :])
+        try:
+            load_documents(f"files:{file}", byte_config(f"files:{file}"))
+        except ValueError as error:
+            told.append(str(error))
+    assert len(told) > len(whole) // 10
+    assert all(str(file) in words for words in told)
 
 
 def test_too_few_files(tmp_path: pathlib.Path) -> None:

@@ -271,3 +271,11 @@ def test_arguments_of_the_iterators(data: TextData) -> None:
         data.heldout_batches(0)
     with pytest.raises(ValueError, match="seed=-1"):
         data.train_iterator(4, seed=-1)
+
+
+def test_a_damaged_record_of_the_split_is_named(tmp_path: pathlib.Path) -> None:
+    source, run = write_documents(tmp_path, ["held", "text"]), tmp_path / "run" / "tokenizer.json"
+    load_text(byte_config(source), tokenizer_path=run)
+    run.with_name("split.json").write_text('{"train"')
+    with pytest.raises(ValueError, match=r"split\.json is no JSON"):
+        load_text(byte_config(source), tokenizer_path=run)

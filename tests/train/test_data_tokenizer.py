@@ -130,6 +130,29 @@ def test_missing_and_damaged_files(tmp_path: pathlib.Path) -> None:
         Tokenizer.load(damaged)
 
 
+def test_a_tokenizer_that_would_drop_a_byte_is_refused(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "tokenizer.json"
+    BYTES.save(file)
+    tree = json.loads(file.read_text(encoding="utf-8"))
+    del tree["model"]["vocab"]["2"]
+    file.write_text(json.dumps(tree))
+    with pytest.raises(ValueError, match=r"tokenizer\.json .* has no token for the byte 0x32"):
+        Tokenizer.load(file)
+
+
+@pytest.mark.parametrize("index", [2**24, 2**32 - 1])
+def test_an_id_that_no_model_has_a_row_for_is_refused(tmp_path: pathlib.Path, index: int) -> None:
+    file = tmp_path / "tokenizer.json"
+    BYTES.save(file)
+    tree = json.loads(file.read_text(encoding="utf-8"))
+    tree["model"]["vocab"]["2"] = index
+    file.write_text(json.dumps(tree))
+    with pytest.raises(
+        ValueError, match=f"tokenizer.json has {index + 1} ids, .* at most 16777216"
+    ):
+        Tokenizer.load(file)
+
+
 def _byte_level(special: str, **changes: object) -> tokenizers.Tokenizer:
     """Returns a mergeless byte-level tokenizer with one special token and some parts replaced."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -321,3 +321,14 @@ def test_bad_arguments_are_refused(tmp_path: Path, wrong: dict, words: str) -> N
     with pytest.raises(ValueError, match=words):
         run_log(tmp_path / "run", **wrong)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("value", ["x", None, {"a": None}, ["x"]])
+def test_what_is_no_number_is_named_with_its_line(tmp_path: Path, value: object) -> None:
+    lines = [json.dumps({"step": 1, "x": "NaN"}), json.dumps({"step": 2, "x": value})]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match=r"Line 2 of .*metrics\.jsonl holds something else than n"):
+        read_metrics(tmp_path)
+    (tmp_path / "routing.jsonl").write_text(json.dumps({"step": 1, "layer_01": value}) + "\n")
+    with pytest.raises(ValueError, match=r"Line 1 of .*routing\.jsonl holds something else than n"):
+        read_routing(tmp_path)

@@ -7,8 +7,10 @@ memory; tfds images are read, decoded and resized as they are asked for.
 import dataclasses
 import gzip
 import io
+import math
 import os
 import pathlib
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -30,6 +32,13 @@ _FASHION_MEAN, _FASHION_STD = 0.2860, 0.3530
 _FASHION_DIR = "/usr/share/datasets/fashion-mnist"
 # http://yann.lecun.com/exdb/mnist: two zero bytes, the type (8: unsigned byte), the dimensions.
 _IDX_UNSIGNED_BYTE = 8
+# Bytes that one byte of a gzip file can stand for (zlib.net, "zlib technical details").
+_DEFLATE_MOST = 1032
+
+# What Pillow may take bytes for: it has readers that start programs (EPS) or follow references.
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
+# Pixels above which Pillow warns of a decompression bomb; ImageNet's largest images have 61 M.
+_MOST_PIXELS = 89_478_485
 
 
 class Images(Protocol):
@@ -188,31 +197,43 @@ def read_idx(file: pathlib.Path, dimensions: int) -> np.ndarray:
     Raises:
         ValueError: If it is damaged, truncated or of another kind.
     """
-    data = file.read_bytes()
-    if file.suffix == ".gz":
+    packed = file.suffix == ".gz"
+    with gzip.open(file) if packed else file.open("rb") as stream:
         try:
-            data = gzip.decompress(data)
+            shape = _read_idx_header(stream, file, dimensions)
+            size = math.prod(shape)
+            # Memory is taken for what can be there, whatever the header promises.
+            most = file.stat().st_size * (_DEFLATE_MOST if packed else 1)
+            data = stream.read(size + 1) if size <= most else b""
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(f"{file} is damaged: {error}; fetch it again") from error
-    header = 4 + 4 * dimensions
-    expected = bytes([0, 0, _IDX_UNSIGNED_BYTE, dimensions])
-    if data[:4] != expected:
+    if len(data) != size:
+        found = f"at most {most}" if size > most else f"{len(data)}"
+        found = f"more than {size}" if len(data) > size else found
         raise ValueError(
-            f"{file} begins with {data[:4].hex()}, not with the idx magic {expected.hex()} of "
-            f"{dimensions}-dimensional unsigned bytes; fetch it again"
-        )
-    if len(data) < header:
-        raise ValueError(
-            f"{file} ends inside its header, after {len(data)} of {header} bytes; fetch it again"
-        )
-    shape = tuple(int(size) for size in np.frombuffer(data, ">u4", dimensions, offset=4))
-    size = int(np.prod(shape, dtype=np.int64))
-    if len(data) - header != size:
-        raise ValueError(
-            f"{file} holds {len(data) - header} values, but its header promises {size} "
+            f"{file} holds {found} values, but its header promises {size} "
             f"({' x '.join(map(str, shape))}); fetch it again"
         )
-    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
+    return np.frombuffer(data, np.uint8).reshape(shape)
+
+
+def _read_idx_header(
+    stream: io.BufferedIOBase, file: pathlib.Path, dimensions: int
+) -> tuple[int, ...]:
+    """Reads the sizes that an idx file promises."""
+    length = 4 + 4 * dimensions
+    header = stream.read(length)
+    expected = bytes([0, 0, _IDX_UNSIGNED_BYTE, dimensions])
+    if header[:4] != expected:
+        raise ValueError(
+            f"{file} begins with {header[:4].hex()}, not with the idx magic {expected.hex()} of "
+            f"{dimensions}-dimensional unsigned bytes; fetch it again"
+        )
+    if len(header) < length:
+        raise ValueError(
+            f"{file} ends inside its header, after {len(header)} of {length} bytes; fetch it again"
+        )
+    return tuple(int(size) for size in np.frombuffer(header, ">u4", dimensions, offset=4))
 
 
 def _memory_images(pixels: np.ndarray, labels: np.ndarray, config: VisionConfig) -> MemoryImages:
@@ -282,15 +303,22 @@ class PreparedImages:
 
     def _decode(self, encoded: Any, index: int) -> Image.Image:
         """Decodes one image."""
+        name = f"source {self.config.source!r} example {index}"
         try:
-            with Image.open(io.BytesIO(encoded)) as image:
-                return image.convert("L" if self.config.channels == 1 else "RGB")
-        # Pillow raises SyntaxError for a broken PNG.
-        except (OSError, SyntaxError) as error:
+            with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
+                image = Image.open(io.BytesIO(encoded), formats=_FORMATS)
+            with image:
+                width, height = image.size
+                if width * height <= _MOST_PIXELS:
+                    return image.convert("L" if self.config.channels == 1 else "RGB")
+        # Of damaged images Pillow's readers raise any kind of error, and document none.
+        except Exception as error:
             raise ValueError(
-                f"source {self.config.source!r} example {index} is no image that Pillow reads: "
-                f"{error}"
+                f"{name} is no image that Pillow reads ({', '.join(_FORMATS)}): {error}"
             ) from error
+        raise ValueError(
+            f"{name} has {width} x {height} pixels, more than {_MOST_PIXELS:,}; make it smaller"
+        )
 
 
 def _load_tfds(config: VisionConfig) -> ImageSource:

@@ -7,11 +7,12 @@ are small and read at once; a tfds source is only indexed, and read where a docu
 import dataclasses
 import glob
 import importlib.util
-import json
 import pathlib
+import reprlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from emoe_jax import json_file
 from train.data import prepared
 from train.data.config import PACKAGE_SOURCES, TextConfig
 
@@ -135,11 +136,7 @@ def _read_jsonl(path: pathlib.Path, text_key: str) -> Iterator[str]:
             continue
         found = True
         where = f"{path}:{number}"
-        try:
-            record = json.loads(_decode(line, where))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where} is not JSON: {error.msg} at column {error.colno}") from error
-        yield _text_of(record, text_key, where)
+        yield _text_of(json_file.parse(line, where), text_key, where)
     if not found:
         raise ValueError(f"{path} is empty; remove it or give it one JSON object a line")
 
@@ -151,7 +148,7 @@ def _text_of(record: Any, text_key: str, where: str) -> str:
         raise ValueError(f"{where} has no key {text_key!r} (found {keys}); set data.text_key")
     text = record[text_key]
     if not isinstance(text, str) or not text:
-        raise ValueError(f"{where} has no text under {text_key!r}: got {text!r}")
+        raise ValueError(f"{where} has no text under {text_key!r}: got {reprlib.repr(text)}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -173,14 +170,15 @@ def _read_parquet(path: pathlib.Path, text_key: str) -> Iterator[str]:
             "`pip install pyarrow`"
         ) from error
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a parquet file: {error}") from error
-    with file:
-        columns = file.schema_arrow.names
-        if text_key not in columns:
-            raise ValueError(f"{path} has no column {text_key!r} (found {columns})")
-        rows = file.read(columns=[text_key]).column(text_key).to_pylist()
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            kept = [text_key] if text_key in columns else []
+            rows = file.read(columns=kept).column(text_key).to_pylist() if kept else []
+    # Of damaged files pyarrow raises OSError too, and what is no text does not decode.
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a parquet file, or damaged: {error}") from error
+    if text_key not in columns:
+        raise ValueError(f"{path} has no column {text_key!r} (found {columns})")
     if not rows:
         raise ValueError(f"{path} is empty; remove it or give it rows")
     for number, text in enumerate(rows):

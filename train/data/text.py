@@ -17,6 +17,7 @@ import grain
 import numpy as np
 from grain import experimental as grain_experimental
 
+from emoe_jax import json_file
 from train.data import packing, shards, sources
 from train.data.config import BYTE_VOCABULARY, TextConfig
 from train.data.tokenizer import Tokenizer, byte_tokenizer, cached_bpe, write_atomically
@@ -221,7 +222,7 @@ def _check_record(documents: Sequence[sources.Documents], record: pathlib.Path) 
     if not record.is_file():
         write_atomically(record, json.dumps(here) + "\n")
         return
-    begun = json.loads(record.read_text(encoding="utf-8"))
+    begun = json_file.read_object(record)
     changed = [side for side in here if here[side] != begun.get(side)]
     if changed:
         raise ValueError(

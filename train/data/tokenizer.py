@@ -29,6 +29,10 @@ _PROBES = (
     "a",
 )
 _ENCODE_CHUNK = 256
+# The largest vocabularies have a quarter of a million.
+_MOST_IDS = 2**24
+# Bytes that no UTF-8 holds (RFC 3629, section 1).
+_NEVER = {0xC0, 0xC1, *range(0xF5, 0x100)}
 
 
 class Tokenizer:
@@ -56,7 +60,13 @@ class Tokenizer:
         backend.no_padding()
         self._backend = backend
         # One more than the largest id: the file of another project may leave gaps between ids.
-        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        ids = backend.get_vocab(with_added_tokens=True).values()
+        self.vocab_size: int = max(ids, default=-1) + 1
+        if not 0 < self.vocab_size <= _MOST_IDS:
+            raise ValueError(
+                f"{name} has {self.vocab_size} ids, for each of which a model has a row; there "
+                f"must be some, and at most {_MOST_IDS}"
+            )
         self.bos_id = _special_id(backend, _BOS_NAMES, name)
         self.eos_id = _special_id(backend, _EOS_NAMES, name)
         self._bytes_of = _byte_table(backend, name)
@@ -274,6 +284,14 @@ def _byte_table(backend: tokenizers.Tokenizer, name: str) -> dict[int, bytes]:
                 f"{name} is not byte-level: its token {token!r} holds {error}; use a byte-level "
                 "tokenizer.json (as GPT-2's), or 'bpe' or 'bytes'"
             ) from error
+    # Without a token of its own, a byte is left out silently wherever no merge takes it.
+    whole = set(table.values())
+    missing = [byte for byte in range(256) if bytes([byte]) not in whole and byte not in _NEVER]
+    if missing:
+        raise ValueError(
+            f"{name} is not byte-level: it has no token for the byte 0x{missing[0]:02x}; use a "
+            "byte-level tokenizer.json (as GPT-2's), or 'bpe' or 'bytes'"
+        )
     for index, special in added.items():
         table[index] = b"" if special.special else special.content.encode()
     return table
