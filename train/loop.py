@@ -40,11 +40,13 @@ from train.evaluate import (
     print_evaluation,
 )
 from train.flops import active_parameters
+from train.guards import META, Fault, Guard, Passing
 from train.initial import check_frozen, initial_params, place_params
 from train.logs import RunLog
 from train.run import CONFIG_FILE, Run, build, open_checkpoints, read_config
 from train.settle import calibrate, compile_forward, settle
 from train.telemetry import Meter
+from train.watchdog import Watchdog
 
 Tree = Any
 
@@ -86,35 +88,25 @@ def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[Scalars,
 
     # ---------------------------------------------------------------- state, new or restored
     with open_checkpoints(run, workdir) as checkpoints:
-        batches = run.data.train_iterator(
-            config.batch, seed=config.seed, rows=run.rows(config.batch)
-        )
-        example = _example(batches)
+        guard = Guard(config, workdir, digest(identity(config)))
+        given = run.data.train_iterator(config.batch, seed=config.seed, rows=run.rows(config.batch))
+        batches = Passing(given, guard)
+        example = _example(given)
         resumed = checkpoints.latest_step()
         forward = None
         if resumed != config.steps:
             forward = compile_forward(run, example, resumed=resumed is not None)
-        if resumed is None:
-            state = calibrate(run, forward, _start(run))
-        else:
-            state = _resume(run, checkpoints, resumed, batches)
+        state = _begin(run, forward, checkpoints, resumed, batches, guard)
         _write_config(tree, workdir)
 
         # ------------------------------------------------------------ training, unless it is done
         evaluator, result = compile_evaluate(run), None
         if resumed != config.steps:
             compiled = _compile_train(run, example)
-            log = RunLog(
-                workdir,
-                total_steps=config.steps,
-                unit=run.unit,
-                resume_step=resumed,
-                enabled=cluster.is_first(),
-            )
-            with log, _Compilations() as counter:
+            with Watchdog(config.guard, workdir) as watchdog, _Compilations() as counter:
                 passes = compiled, forward, evaluator
-                parts = _Parts(run, batches, *passes, checkpoints, log, counter)
-                state, result = _steps(parts, state, resumed or 0)
+                parts = _Parts(run, batches, *passes, checkpoints, counter, guard, watchdog)
+                state, result = _train(parts, state, resumed)
         batches.close()
     scalars, rows = result or evaluate(run, evaluator, state)
 
@@ -227,7 +219,23 @@ def _start(run: Run) -> Tree:
     return state | {"params": place_params(state["params"], taken)}
 
 
-def _resume(run: Run, checkpoints: Checkpoints, step: int, batches: Any) -> Tree:
+def _begin(
+    run: Run,
+    forward: Any,
+    checkpoints: Checkpoints,
+    step: int | None,
+    batches: Passing,
+    guard: Guard,
+) -> Tree:
+    """The training state of a checkpoint, or of the start; batches and guard go there too."""
+    if step is not None:
+        return _resume(run, checkpoints, step, batches, guard)
+    guard.restore({})
+    batches.seek(0, None)
+    return calibrate(run, forward, _start(run))
+
+
+def _resume(run: Run, checkpoints: Checkpoints, step: int, batches: Passing, guard: Guard) -> Tree:
     """The training state of a checkpoint; moves the batches to its position."""
     workdir = checkpoints.directory.parent
     require(
@@ -240,6 +248,7 @@ def _resume(run: Run, checkpoints: Checkpoints, step: int, batches: Any) -> Tree
     plain = dataclasses.replace(
         run.config, model=type(run.config.model)(), data=type(run.config.data)()
     )
+    guard.restore(restored.meta.pop(META, {}))
     before = _settled(merged(_whole_identity(plain), restored.meta))
     changed = changed_keys(before, identity(run.config))
     require(
@@ -249,7 +258,7 @@ def _resume(run: Run, checkpoints: Checkpoints, step: int, batches: Any) -> Tree
         " or use another --workdir",
     )
     assert restored.data_state is not None
-    batches.set_state(restored.data_state)
+    batches.seek(step, restored.data_state)
     if step == run.config.steps:
         LOGGER.info("step %d is the last: %s is trained already; it is evaluated", step, workdir)
     else:
@@ -320,13 +329,40 @@ class _Parts(NamedTuple):
     forward: Any
     evaluator: Evaluator
     checkpoints: Checkpoints
-    log: RunLog
     compilations: _Compilations
+    guard: Guard
+    watchdog: Watchdog
 
 
-def _steps(parts: _Parts, state: Tree, start: int) -> tuple[Tree, Any]:
-    """Runs the optimizer steps after `start`; the result of the evaluation at the last one."""
-    run, log, checkpoints = parts.run, parts.log, parts.checkpoints
+def _train(parts: _Parts, state: Tree, resumed: int | None) -> tuple[Tree, Any]:
+    """Runs all steps, from the last checkpoint again wherever the guard finds that needed."""
+    run, guard = parts.run, parts.guard
+    while True:
+        with RunLog(
+            parts.checkpoints.directory.parent,
+            total_steps=run.config.steps,
+            unit=run.unit,
+            resume_step=resumed,
+            enabled=cluster.is_first(),
+        ) as log:
+            state, result, fault = _steps(parts, log, state, resumed or 0)
+        if fault is None:
+            return state, result
+        with parts.watchdog.during("the way back to a checkpoint"):
+            resumed = parts.checkpoints.latest_step()
+            guard.go_back(fault, resumed)
+            forward = parts.forward
+            state = _begin(run, forward, parts.checkpoints, resumed, parts.batches, guard)
+
+
+def _steps(parts: _Parts, log: RunLog, state: Tree, start: int) -> tuple[Tree, Any, Fault | None]:
+    """Runs the optimizer steps after `start`.
+
+    Returns:
+        The state; the result of the evaluation at the last step; and None. Or, where the run must
+        go back, twice None and why.
+    """
+    run, checkpoints, guard, watchdog = parts.run, parts.checkpoints, parts.guard, parts.watchdog
     config, key = run.config, run.key()
     profiled = _profiled(config, start)
     meter = Meter(run, start, state)
@@ -338,36 +374,45 @@ def _steps(parts: _Parts, state: Tree, start: int) -> tuple[Tree, Any]:
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             batch = run.to_devices(next(parts.batches), config.batch)
             state, metrics = parts.compiled(state, batch, key)
-        if profiled and step == profiled[-1] and cluster.is_first():
+        watchdog.see(step, metrics["skipped"])
+        guard.see(step, metrics)
+        meter.see(step, metrics)
+        last = step == config.steps
+        is_logged = step % config.log_every == 0 or last or step == start + 1
+        fault = guard.look(step, state) if is_logged or guard.looks(step) else None
+        if step in profiled and (fault or step == profiled[-1]) and cluster.is_first():
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
-        meter.see(metrics)
-        last = step == config.steps
-        if step % config.log_every == 0 or last or step == start + 1:
-            meter.log(step, metrics, state, log)
+        if fault:
+            return None, None, fault
+        if is_logged:
+            meter.log(step, metrics | guard.counts(), state, log)
         if step == start + 1:
             after_first = parts.compilations.count
         measured: dict[str, float] = {}
         if step % config.eval_every == 0 or last:
             jax.block_until_ready(state)
-            with meter.left_out():
+            with meter.left_out(), watchdog.during("the evaluation"):
                 state = settle(run, parts.forward, state) if last else state
                 result = evaluate(run, parts.evaluator, state)
             measured = result[0]
             log.write(step, measured)
         before = parts.compilations.count
-        was_saved = checkpoints.save(
-            step,
-            state,
-            data_state=parts.batches.get_state(),
-            meta=identity(config),
-            metrics=measured,
-            force=last,
-        )
+        with watchdog.during("the checkpoint"):
+            was_saved = guard.may_save(step) and checkpoints.save(
+                step,
+                state,
+                data_state=parts.batches.get_state(),
+                meta=identity(config) | {META: guard.meta()},
+                metrics=measured,
+                force=last or guard.owes,
+            )
         in_saves += parts.compilations.count - before
         if was_saved:
+            guard.owes = False
             meter.saved(state)
-    checkpoints.wait()
+    with watchdog.during("the last checkpoint"):
+        checkpoints.wait()
     LOGGER.info(
         "the training step is one executable, compiled before step %d; compilations after that"
         " step: %d for the digests of checkpoints, %d others",
@@ -375,7 +420,7 @@ def _steps(parts: _Parts, state: Tree, start: int) -> tuple[Tree, Any]:
         in_saves,
         parts.compilations.count - after_first - in_saves,
     )
-    return state, result
+    return state, result, None
 
 
 def _profiled(config: ExperimentConfig, start: int) -> range:

@@ -61,7 +61,7 @@ def test_strided_microbatches_hold_every_row_once():
 
 def test_metrics_are_all_there_and_agree_with_each_other():
     _, history = trained("loss_free")
-    names = {"loss", "penalty", "grad_norm", "learning_rate", "router"}
+    names = {"loss", "penalty", "grad_norm", "learning_rate", "skipped", "router"}
     assert history[0].keys() == names
     layers = history[0]["router"]["0"]
     assert layers.keys() == {

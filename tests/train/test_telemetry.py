@@ -62,7 +62,7 @@ def test_time_of_evaluations_is_left_out_of_the_rate(monkeypatch, run):
     with meter.left_out():
         now[0] += 10.0
     now[0] += 1.0
-    meter.see(metrics(EVEN))
+    meter.see(1, metrics(EVEN))
     meter.log(4, metrics(EVEN), NONE, log)
     assert log.scalars["train/tokens_per_second"] == pytest.approx(4 * 8 * 32 / 4.0)
 
@@ -73,7 +73,7 @@ def test_the_window_takes_the_mean_of_loads(run):
     for expert in range(4):
         load = np.zeros((2, 4), np.float32)
         load[0, expert] = load[1, 0] = 1.0
-        meter.see(metrics(load))
+        meter.see(expert + 1, metrics(load))
     meter.log(4, metrics(load), NONE, log)
     assert log.scalars["router/layer_00/max_vio_window"] == 0.0
     assert log.scalars["router/layer_01/max_vio_window"] == 3.0
@@ -85,9 +85,9 @@ def test_the_window_takes_the_mean_of_loads(run):
 
 def test_the_window_forgets(run):
     meter, log = Meter(run, 0, NONE), Log()
-    meter.see(metrics([[1.0, 0.0, 0.0, 0.0]] * 2))
+    meter.see(1, metrics([[1.0, 0.0, 0.0, 0.0]] * 2))
     for _ in range(telemetry.WINDOW):
-        meter.see(metrics(EVEN))
+        meter.see(1, metrics(EVEN))
     meter.log(101, metrics(EVEN), NONE, log)
     assert log.scalars["router/layer_00/max_vio_window"] == 0.0
 
@@ -102,7 +102,7 @@ def test_drift_is_counted_from_the_last_checkpoint(run):
     along, turned = jnp.array([[[1.0], [0.0]]] * 2), jnp.array([[[HALF], [HALF]]] * 2)
     spectrum = jnp.array([[3.0], [5.0]])
     meter, log = Meter(run, 0, state_with(along, spectrum)), Log()
-    meter.see(metrics(EVEN))
+    meter.see(1, metrics(EVEN))
     meter.log(1, metrics(EVEN), state_with(turned, spectrum), log)
     assert log.scalars["router/layer_01/drift"] == pytest.approx(HALF, rel=1e-6)
     np.testing.assert_array_equal(log.values["layer_01/spectrum"], [5.0])
