@@ -58,12 +58,14 @@ class Rollback(NamedTuple):
         to: the step of the checkpoint; 0 for the start, where there was none.
         first: the first batch that is passed over, counted from the run's start.
         end: the first after it that is not; `first` where none is passed over.
+        skipped: steps that the run had skipped by then, those that were undone included.
     """
 
     step: int
     to: int
     first: int
     end: int
+    skipped: int
 
 
 class Fault(NamedTuple):
@@ -111,15 +113,16 @@ class Guard:
         Args:
             meta: what `meta` gave; empty at a run's start and for checkpoints older than this.
         """
-        self.skipped, self.row = meta.get("skipped", 0), meta.get("row", 0)
-        self.owes = False
-        self._unread.clear()
         # Either may be the older: a checkpoint from before a rollback, or a folder copied in part.
         told = [Rollback(*each) for each in meta.get("rollbacks", [])]
         self.rollbacks = max(self.rollbacks, told, key=len)
+        by_then = self.rollbacks[-1].skipped if self.rollbacks else 0
+        self.skipped, self.row = max(meta.get("skipped", 0), by_then), meta.get("row", 0)
+        self.owes = False
+        self._unread.clear()
 
     def counts(self) -> dict[str, float]:
-        """Skipped steps of the run so far, and its rollbacks, as scalars of its log."""
+        """Steps skipped so far (undone ones included) and rollbacks, as scalars of the log."""
         return {"skipped": float(self.skipped), "rollbacks": float(len(self.rollbacks))}
 
     def see(self, step: int, metrics: Tree) -> None:
@@ -191,7 +194,7 @@ class Guard:
         most = self.config.guard.rollbacks
         if len(self.rollbacks) >= most:
             raise Diverged(
-                f"after step {fault.step} {why}, and the run has gone back {len(self.rollbacks)}"
+                f"after step {fault.step}: {why}, and the run has gone back {len(self.rollbacks)}"
                 f" times already (guard.rollbacks={most}); lower optim.learning_rate, look at the"
                 f" batches that {self._file} names, move the newest checkpoints away to go further"
                 f" back, or raise guard.rollbacks. {where.capitalize()} is what it would go back to"
@@ -199,12 +202,13 @@ class Guard:
         passed = self.passed()
         first = position(to or 0, passed)
         end = first if fault.lost else position(fault.step, passed)
-        self.rollbacks = [*self.rollbacks, Rollback(fault.step, to or 0, first, end)]
+        entry = Rollback(fault.step, to or 0, first, end, self.skipped)
+        self.rollbacks = [*self.rollbacks, entry]
         if cluster.is_first():
             record = {"run": self._run, "rollbacks": [each._asdict() for each in self.rollbacks]}
             write_atomically(self._file, json.dumps(record, indent=2) + "\n")
         LOGGER.warning(
-            "after step %d %s: the run goes back to %s and passes over %d batches from there;"
+            "after step %d: %s; the run goes back to %s and passes over %d batches from there;"
             " rollback %d of at most %d",
             *(fault.step, why, where, end - first, len(self.rollbacks), most),
         )

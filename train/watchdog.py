@@ -1,4 +1,4 @@
-"""Says where a run hangs: every process writes the stacks of its threads when a step takes too long.
+"""Says where a run hangs: each process writes its threads' stacks when a step takes too long.
 
 A thread of its own looks at the steps that were given to the devices: it asks whether they are
 done, which waits for nothing. When none has ended for `guard.stall_s` seconds it writes the stacks

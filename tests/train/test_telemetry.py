@@ -12,7 +12,7 @@ from tests.train.tiny import lm_tree, mesh_of_one, write_corpus
 from train import telemetry
 from train.config import AlarmConfig, freeze
 from train.run import build
-from train.telemetry import Alarms, Meter
+from train.telemetry import Alarms, Meter, Spikes
 
 HALF = 2**-0.5
 NONE = {"params": {}, "router": {}}
@@ -143,7 +143,41 @@ def test_alarms_over_the_window_wait_until_it_is_full():
     assert early == {"alarm/orthonormality_error": 0.0, "alarm/drop_fraction": 1.0}
 
 
-@pytest.mark.parametrize("name", ["dead", "max_vio", "orthonormality", "drops"])
+def spiky(losses, factor=4.0):
+    """Spikes among numbered losses, told one by one."""
+    spikes = Spikes(factor)
+    return [int(spikes.check([pair])["alarm/loss_spike"]) for pair in enumerate(losses)]
+
+
+def test_a_loss_far_above_those_before_is_a_spike(caplog):
+    # Half of them 1 and half 1.2: median 1.1, spread 1.4826 · 0.1; 4 times that is 0.593.
+    usual = [1.0, 1.2] * 10
+    with caplog.at_level(logging.WARNING, "train.telemetry"):
+        assert spiky([*usual, 1.69, 1.70, 1.71, 1.0, 9.0]) == [0] * 21 + [1, 1, 0, 1]
+    assert [record.getMessage() for record in caplog.records] == [
+        "alarm at step 21: loss is 1.7, above 1.693",
+        "alarm at step 24: loss is 9, above 1.693",
+    ]
+
+
+def test_what_is_no_spike():
+    assert sum(spiky([1.0, 1.2] * 9 + [5.0])) == 0  # too few losses to know what is usual
+    assert sum(spiky([1.0] * 30 + [1.003, 1.0, 1.0])) == 0  # rounding
+    assert sum(spiky([4.0 * 0.97**step for step in range(60)] + [1.0])) == 0  # a steep start
+    assert sum(spiky([1.0, 1.2] * 10 + [np.nan, np.inf])) == 0  # skipped
+
+
+def test_spikes_between_two_lines_are_counted(run):
+    meter, log = Meter(run, 0, NONE), Log()
+    for step in range(1, 41):
+        loss = jnp.float32(9.0 if step in (35, 37) else 1.0 + 0.1 * (step % 2))
+        meter.see(step, metrics(EVEN) | {"loss": loss})
+        if step % 20 == 0:
+            meter.log(step, metrics(EVEN), NONE, log)
+            assert log.scalars["alarm/loss_spike"] == (0.0 if step == 20 else 2.0)
+
+
+@pytest.mark.parametrize("name", ["dead", "max_vio", "orthonormality", "drops", "loss_spike"])
 def test_thresholds_below_zero_are_refused(name):
     with pytest.raises(ValueError, match=f"alarm.{name}=-1 is below zero"):
         AlarmConfig(**{name: -1})
