@@ -12,7 +12,8 @@ import pytest
 from emoe_jax import sharding
 from emoe_jax.checkpoint import Checkpoints
 from tests.train.tiny import mesh_of_one, vit_tree
-from train import compare, guards, loop
+from tests.train.trainer import FAST_COMPILE
+from train import cluster, compare, guards, loop
 from train.config import freeze
 from train.data.vision import VisionData
 from train.guards import Diverged, Fault, Guard, Rollback, merged, position
@@ -164,6 +165,10 @@ def nan_pixel(batch):
     return batch | {"images": images}
 
 
+def compile_fast(lowered):
+    return lowered.compile(compiler_options=FAST_COMPILE)
+
+
 class KilledError(Exception):
     pass
 
@@ -183,6 +188,7 @@ def trained():
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sharding, "make_mesh", mesh_of_one)
+            patch.setattr(cluster, "compile_together", compile_fast)
             patch.setattr(VisionData, "train_iterator", spoil)
             loop.train(vit_tree(**(KEYS | changes)), folder)
 

@@ -81,9 +81,9 @@ def guarded(case):
     objective = step_module._objective
 
     def spoilt(config, pure, params, router, batch, *rest):
-        final = spoil(params["final_norm"]["scale"][0], jnp.any(batch["rows"] == 100))
-        scale = params["final_norm"]["scale"].at[0].set(final)
-        params = params | {"final_norm": {"scale": scale}}
+        scale = params["norm"]["scale"]
+        weight = spoil(scale[0], jnp.any(batch["rows"] == 100))
+        params = params | {"norm": {"scale": scale.at[0].set(weight)}}
         return objective(config, pure, params, router, batch, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
