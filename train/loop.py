@@ -73,6 +73,7 @@ def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[Scalars,
 
     Raises:
         ValueError: something in the input is wrong; raised before anything is compiled.
+        guards.Diverged: steps were not finite again and again.
     """
     # ---------------------------------------------------------------- configuration and data
     cluster.check_same(tree.to_dict())

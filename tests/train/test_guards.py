@@ -1,7 +1,9 @@
 """Steps that are not finite: skipped and counted, gone back from and passed over, or too many."""
 
+import functools
 import json
 import logging
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -255,13 +257,19 @@ def test_the_rollback_is_told_in_the_logs_the_folder_and_the_checkpoints(interru
     with Checkpoints(folder / "checkpoints", every=1, read_only=True) as checkpoints:
         meta = checkpoints.restore_meta(STEPS)[guards.META]
     assert meta == {"skipped": 3, "row": 0, "rollbacks": [[7, 4, 4, 7, 3]]}
+    events = b"".join(file.read_bytes() for file in folder.glob("events.out.tfevents.*"))
+    assert all(name in events for name in (b"train/skipped", b"train/rollbacks"))
+    assert all(b"alarm/" + name in events for name in (b"loss_spike", b"drop_fraction"))
     discarded = (folder / "metrics.discarded.jsonl").read_text().splitlines()
     # Steps 5 and 6 twice: undone by the rollback, and by the kill. The row was found before 7's.
     assert [json.loads(line)["step"] for line in discarded] == [5, 6, 5, 6]
 
 
-def test_a_lost_covariance_is_restored_and_no_batch_passed_over(
-    trained, without, tmp_path, monkeypatch, caplog
+@pytest.mark.parametrize(
+    "name", ["router/blocks/groups/0/moe/router/covariance", "params/position"]
+)
+def test_what_is_lost_of_the_state_is_restored_and_no_batch_passed_over(
+    name, trained, without, tmp_path, monkeypatch, caplog
 ):
     compile_train = loop._compile_train
     calls = []
@@ -272,8 +280,9 @@ def test_a_lost_covariance_is_restored_and_no_batch_passed_over(
         def step(state, batch, key):
             calls.append(int(state["step"]))
             if len(calls) == 6:
-                router = state["router"]["blocks"]["groups"]["0"]["moe"]["router"]
-                router["covariance"] = router["covariance"].at[0, 0, 0].set(jnp.nan)
+                *path, last = name.split("/")
+                tree = functools.reduce(operator.getitem, path, state)
+                tree[last] = tree[last].at[..., 0, 0].set(jnp.nan)
             return compiled(state, batch, key)
 
         return step
@@ -288,7 +297,6 @@ def test_a_lost_covariance_is_restored_and_no_batch_passed_over(
     assert calls == [*range(6), *range(4, STEPS)]
     expected = {step: without[step] for step in (1, 3, 5, 6, 9, 12)}
     np.testing.assert_equal(losses(tmp_path), expected)
-    name = "router/blocks/groups/0/moe/router/covariance"
     assert (
         f"after step 6: {name} hold numbers that are not finite; the run goes back to step 4 and"
         " passes over 0 batches from there; rollback 1 of at most 1"

@@ -118,10 +118,11 @@ def stopped(finished, tmp_path_factory):
 
 
 def age(workdir):
-    """Writes step 8 and config.json as they were before data had shards, or tokens an exchange."""
+    """Writes step 8 and config.json as they were before shards, the exchange and the guard."""
     file = workdir / "checkpoints" / "8" / "run" / "metadata"
     run = json.loads(file.read_text())
     assert run["meta"]["data"].pop("shards") == 1
+    assert run["meta"].pop("guard") == {"skipped": 0, "row": 0, "rollbacks": []}
     moe = run["meta"]["model"]["moe"]
     moe["basis"] = {"rank": 128, "method": "qr", "companion": False}
     for name in ("offset", "subspace", "whitening"):
