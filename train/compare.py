@@ -37,6 +37,7 @@ from emoe_jax.multihost import gather_texts
 from train import cli, cluster, figures, notice, outcome, tables
 from train.comparison import Interval, compare, shown
 from train.config import digest
+from train.guards import Diverged
 from train.logs import read_metrics
 from train.loop import train
 from train.outcome import Result
@@ -153,8 +154,13 @@ def _run_each(jobs: Sequence[Job], measured: bool) -> list[Result]:
 def _run(job: Job, measured: bool) -> Result:
     fresh = not _there(job.folder / CHECKPOINTS)
     began = time.perf_counter()
-    with _printing_to(job.folder / PRINTED):
-        scalars, rows = train(job.tree, job.folder)
+    try:
+        with _printing_to(job.folder / PRINTED):
+            scalars, rows = train(job.tree, job.folder)
+    except Diverged:
+        if measured:
+            raise
+        scalars, rows = {"eval/loss": math.nan}, []  # a point that is not chosen
     seconds = time.perf_counter() - began if fresh else None
     if measured:
         return outcome.measure(job.folder, job.variant, job.tree, scalars, rows, seconds)

@@ -8,25 +8,18 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import config_dict
 
-from emoe_jax.checkpoint import Checkpoints
+from emoe_jax.checkpoint import Checkpoints, Newest
 from emoe_jax.config import (
-    LMConfig,
-    MoEConfig,
-    ViTConfig,
     moe_layers,
     require,
 )
-from emoe_jax.dispatch.exchange import choose_exchange
 from emoe_jax.dispatch.selfcheck import check_exchange
-from emoe_jax.grouped import resolve_backend
-from emoe_jax.optim import partition
 from emoe_jax.sharding import replicated
 from train import cluster, notice, provenance, sample
 from train.config import ExperimentConfig, changed_keys, digest, freeze, to_json
-from train.data.text import TextData
+from train.describe import count_parameters, describe
 from train.evaluate import (
     Evaluator,
     Rows,
@@ -35,13 +28,15 @@ from train.evaluate import (
     evaluate,
     print_evaluation,
 )
-from train.flops import active_parameters
+from train.guards import META, Fault, Guard, Passing, Record
 from train.initial import check_frozen, initial_params, place_params
 from train.logs import RunLog
+from train.provenance import identity
 from train.rescue import Rescue
 from train.run import CONFIG_FILE, Run, build, open_checkpoints, read_config
 from train.settle import calibrate, compile_forward, settle
 from train.telemetry import Meter
+from train.watchdog import Watchdog
 
 Tree = Any
 
@@ -68,6 +63,7 @@ def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[Scalars,
 
     Raises:
         ValueError: something in the input is wrong; raised before anything is compiled.
+        guards.Diverged: steps were not finite again and again.
     """
     # ---------------------------------------------------------------- configuration and data
     cluster.check_same(tree.to_dict())
@@ -78,41 +74,44 @@ def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[Scalars,
     # The prompt is continued at the end; whether it can be is known now.
     if config.prompt:
         sample.prompt_ids(run, config.prompt, tokens=1)
-    _describe(run)
+    describe(run)
     _try_exchange(run)
 
     # ---------------------------------------------------------------- state, new or restored
     with open_checkpoints(run, workdir) as checkpoints:
-        batches = run.data.train_iterator(
-            config.batch, seed=config.seed, rows=run.rows(config.batch)
-        )
-        example = _example(batches)
-        state, resumed, forward = None, None, None
-        if checkpoints.latest_step() is not None:
-            state, resumed = _resume(run, checkpoints, workdir, batches)
+        guard = Guard(config, workdir, digest(identity(config)))
+        given = run.data.train_iterator(config.batch, seed=config.seed, rows=run.rows(config.batch))
+        batches = Passing(given, guard)
+        example = _example(given)
+        newest = _newest(run, checkpoints)
+        resumed = None if newest is None else newest.step
+        forward = None
         if resumed != config.steps:
             forward = compile_forward(run, example, resumed=resumed is not None)
-        if resumed is None:
-            state = calibrate(run, forward, _start(run))
+        state = _begin(run, forward, checkpoints, newest, batches, guard)
         _write_config(tree, workdir)
 
         # ------------------------------------------------------------ training, unless it is done
         evaluator, result = compile_evaluate(run), None
         if resumed != config.steps:
             compiled = compile_train(run, example)
-            log = RunLog(
-                workdir,
-                total_steps=config.steps,
-                unit=run.unit,
-                resume_step=resumed,
-                enabled=cluster.is_first(),
-            )
-            meta = provenance.meta(tree, config, workdir)
-            rescue = Rescue(checkpoints, meta)
-            with log, _Compilations() as counter, rescue:
-                passes = compiled, forward, evaluator
-                parts = _Parts(run, batches, *passes, checkpoints, meta, log, counter, rescue)
-                state, result = _steps(parts, state, resumed or 0)
+            about = Record(guard, provenance.meta(tree, config, workdir))
+            watchdog, rescue = Watchdog(config.guard, workdir), Rescue(checkpoints, about)
+            with watchdog, rescue, _Compilations() as counter:
+                parts = _Parts(
+                    run,
+                    batches,
+                    compiled,
+                    forward,
+                    evaluator,
+                    checkpoints,
+                    counter,
+                    about,
+                    guard,
+                    watchdog,
+                    rescue,
+                )
+                state, result = _train(parts, state, resumed)
         batches.close()
     scalars, rows = result or evaluate(run, evaluator, state)
 
@@ -141,70 +140,12 @@ def _example(batches: Any) -> dict[str, np.ndarray]:
     return batch
 
 
-def _describe(run: Run) -> None:
-    """Logs the model's size, the mesh, and the kernel of the experts' products."""
-    params = run.abstract["params"]
-    trained, frozen = partition(params, run.config.optim.trainable)
-    processes = jax.process_count()
-    LOGGER.info(
-        "%s parameters%s, %s active per token; mesh %s of %s%s; %s",
-        f"{_count(params):,}",
-        f", {_count(trained):,} of them trained" if frozen else "",
-        f"{active_parameters(run.config.model, params):,}",
-        dict(run.mesh.shape),
-        jax.devices()[0].device_kind,
-        f" in {processes} processes" if processes > 1 else "",
-        _routing(run.config.model, run.mesh),
-    )
-    if run.config.data.shards % processes:
-        LOGGER.info(
-            "data.shards=%d is no multiple of the %d processes: some parts of the data are read by"
-            " several of them",
-            run.config.data.shards,
-            processes,
-        )
-    data = run.data
-    epoch = data.train_targets if isinstance(data, TextData) else data.train_images
-    passes = run.config.steps * run.units_per_step / max(epoch, 1)
-    if epoch:
-        LOGGER.info("%s training %s; %.2f passes over them", f"{epoch:,}", run.unit, passes)
-
-
 def _try_exchange(run: Run) -> None:
     """Tries what is not to be trusted: the ragged kernel of an accelerator."""
     moe, spread = run.config.model.moe, run.mesh.shape["expert"] > 1
     used = spread and moe.dispatch != "dense" and any(moe_layers(run.config.model))
     if used and moe.exchange == "ragged_all_to_all" and jax.default_backend() != "cpu":
         check_exchange(moe, run.mesh)
-
-
-def _count(params: Tree) -> int:
-    """Number of parameters."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-def _routing(model: LMConfig | ViTConfig, mesh: Mesh) -> str:
-    """How tokens come to experts, if there are any."""
-    if not any(moe_layers(model)):
-        return "no experts"
-    moe = model.moe
-    return f"{moe.router} router, {moe.dispatch} dispatch{_kernel(moe.dispatch)}{_way(moe, mesh)}"
-
-
-def _way(moe: MoEConfig, mesh: Mesh) -> str:
-    """How tokens travel between devices, if they do."""
-    X = mesh.shape["expert"]
-    exchanges = X > 1 and moe.dispatch != "dense"
-    return f", {choose_exchange(moe)} over {X} devices" if exchanges else ""
-
-
-def _kernel(dispatch: str) -> str:
-    """The kernel of the grouped products, and a warning where it may do E times the work."""
-    if dispatch != "dropless":
-        return ""
-    kernel = resolve_backend("auto")
-    dense = jax.default_backend() == "gpu"
-    return f" by {kernel}" + (", which XLA may lower densely on GPU: time it" if dense else "")
 
 
 def _start(run: Run) -> Tree:
@@ -220,34 +161,59 @@ def _start(run: Run) -> Tree:
     for note in notes:
         LOGGER.info("init_from: %s", note)
     check_frozen(run, taken)
-    LOGGER.info("%s parameters start from %s", f"{_count(taken):,}", run.config.init_from)
+    LOGGER.info("%s parameters start from %s", f"{count_parameters(taken):,}", run.config.init_from)
     state = cluster.compile_together(run.init.lower())()
     return state | {"params": place_params(state["params"], taken)}
 
 
+def _newest(run: Run, checkpoints: Checkpoints) -> Newest | None:
+    """The newest whole checkpoint, None where there are none at all."""
+    if checkpoints.latest_step() is None:
+        return None
+    return checkpoints.restore_newest(run.abstract)
+
+
+def _begin(
+    run: Run,
+    forward: Any,
+    checkpoints: Checkpoints,
+    newest: Newest | None,
+    batches: Passing,
+    guard: Guard,
+) -> Tree:
+    """The training state of a checkpoint, or of the start; batches and guard go there too."""
+    if newest is not None:
+        return _resume(run, checkpoints, newest, batches, guard)
+    guard.restore({})
+    batches.seek(0, None)
+    return calibrate(run, forward, _start(run))
+
+
 def _resume(
-    run: Run, checkpoints: Checkpoints, workdir: pathlib.Path, batches: Any
-) -> tuple[Tree, int]:
-    """State and step of the newest whole checkpoint; moves the batches to its position.
+    run: Run, checkpoints: Checkpoints, newest: Newest, batches: Passing, guard: Guard
+) -> Tree:
+    """The training state of a checkpoint; moves the batches to its position.
 
     Newer ones, which are damaged, are set aside once it is clear that the run goes on without them.
     """
-    step, restored, damaged = checkpoints.restore_newest(run.abstract)
+    step, restored, damaged = newest
+    workdir = checkpoints.directory.parent
     require(
         run.config.steps >= step,
         f"steps={run.config.steps}, but {workdir} is at step {step} already; set steps to {step} or"
         " more, or use another --workdir",
     )
+    guard.restore(restored.meta.pop(META, {}))
     provenance.check(run.config, restored.meta, workdir)
     for (bad, why), name in zip(damaged.items(), checkpoints.set_aside(damaged), strict=True):
         LOGGER.warning("the checkpoint of step %d is damaged, now named %s: %s", bad, name, why)
     assert restored.data_state is not None
-    batches.set_state(restored.data_state)
+    batches.seek(step, restored.data_state)
     if step == run.config.steps:
         LOGGER.info("step %d is the last: %s is trained already; it is evaluated", step, workdir)
     else:
         LOGGER.info("resuming %s from step %d", workdir, step)
-    return restored.train_state, step
+    return restored.train_state
 
 
 class _Compilations:
@@ -279,15 +245,45 @@ class _Parts(NamedTuple):
     forward: Any
     evaluator: Evaluator
     checkpoints: Checkpoints
-    meta: Tree
-    log: RunLog
     compilations: _Compilations
+    about: Record
+    guard: Guard
+    watchdog: Watchdog
     rescue: Rescue
 
 
-def _steps(parts: _Parts, state: Tree, start: int) -> tuple[Tree, Any]:
-    """Runs the optimizer steps after `start`; the result of the evaluation at the last one."""
-    run, log, checkpoints = parts.run, parts.log, parts.checkpoints
+def _train(parts: _Parts, state: Tree, resumed: int | None) -> tuple[Tree, Any]:
+    """Runs all steps, from the last checkpoint again wherever the guard finds that needed."""
+    run, guard = parts.run, parts.guard
+    while True:
+        with RunLog(
+            parts.checkpoints.directory.parent,
+            total_steps=run.config.steps,
+            unit=run.unit,
+            resume_step=resumed,
+            enabled=cluster.is_first(),
+        ) as log:
+            state, result, fault = _steps(parts, log, state, resumed or 0)
+        if fault is None:
+            return state, result
+        with parts.watchdog.during("the way back to a checkpoint"):
+            # Not beside what is read now: it may be all the memory there is.
+            parts.rescue.drop()
+            newest = _newest(run, parts.checkpoints)
+            resumed = None if newest is None else newest.step
+            guard.go_back(fault, resumed)
+            forward, checkpoints = parts.forward, parts.checkpoints
+            state = _begin(run, forward, checkpoints, newest, parts.batches, guard)
+
+
+def _steps(parts: _Parts, log: RunLog, state: Tree, start: int) -> tuple[Tree, Any, Fault | None]:
+    """Runs the optimizer steps after `start`.
+
+    Returns:
+        The state; the result of the evaluation at the last step; and None. Or, where the run must
+        go back, twice None and why.
+    """
+    run, checkpoints, guard, watchdog = parts.run, parts.checkpoints, parts.guard, parts.watchdog
     config, key = run.config, run.key()
     profiled = _profiled(config, start)
     meter = Meter(run, start, state)
@@ -302,19 +298,25 @@ def _steps(parts: _Parts, state: Tree, start: int) -> tuple[Tree, Any]:
         position, last = parts.batches.get_state(), step == config.steps
         if not last:
             parts.rescue.hold(step, state, position)
+        watchdog.see(step, metrics["skipped"])
+        guard.see(step, metrics)
+        meter.see(step, metrics)
         stop = notice.reached(step) and not last
-        if profiled and step == profiled[-1] and cluster.is_first():
+        is_logged = step % config.log_every == 0 or last or step == start + 1
+        fault = guard.look(step, state) if is_logged or stop or guard.looks(step) else None
+        if step in profiled and (fault or step == profiled[-1]) and cluster.is_first():
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
-        meter.see(metrics)
-        if step % config.log_every == 0 or last or step == start + 1:
-            meter.log(step, metrics, state, log)
+        if fault:
+            return None, None, fault
+        if is_logged:
+            meter.log(step, metrics | guard.counts(), state, log)
         if step == start + 1:
             after_first = parts.compilations.count
         measured: dict[str, float] = {}
         if (step % config.eval_every == 0 and not stop) or last:
             jax.block_until_ready(state)
-            with meter.left_out():
+            with meter.left_out(), watchdog.during("the evaluation"):
                 if last:  # only what has settled is the state of the last step
                     state = settle(run, parts.forward, state)
                     parts.rescue.hold(step, state, position)
@@ -323,21 +325,24 @@ def _steps(parts: _Parts, state: Tree, start: int) -> tuple[Tree, Any]:
                 measured = result[0]
                 log.write(step, measured)
         before = parts.compilations.count
-        was_saved = checkpoints.save(
-            step,
-            state,
-            data_state=position,
-            meta=parts.meta,
-            metrics=measured,
-            force=last or stop,
-        )
+        with watchdog.during("the checkpoint"):
+            was_saved = guard.may_save(step) and checkpoints.save(
+                step,
+                state,
+                data_state=position,
+                meta=parts.about.meta(),
+                metrics=measured,
+                force=last or stop or guard.owes,
+            )
         in_saves += parts.compilations.count - before
         if was_saved:
+            guard.owes = False
             meter.saved(state)
         if stop:
             checkpoints.wait()
-            notice.end(step)
-    checkpoints.wait()
+            notice.end(step, checkpoints.latest_step())
+    with watchdog.during("the last checkpoint"):
+        checkpoints.wait()
     LOGGER.info(
         "the training step is one executable, compiled before step %d; compilations after that"
         " step: %d for the digests of checkpoints, %d others",
@@ -345,7 +350,7 @@ def _steps(parts: _Parts, state: Tree, start: int) -> tuple[Tree, Any]:
         in_saves,
         parts.compilations.count - after_first - in_saves,
     )
-    return state, result
+    return state, result, None
 
 
 def _evaluate(parts: _Parts, state: Tree) -> tuple[tuple[Scalars, Rows] | None, bool]:

@@ -158,16 +158,22 @@ def check() -> None:
         raise Interrupted
 
 
-def end(step: int) -> NoReturn:
+def end(step: int, saved: int | None) -> NoReturn:
     """Ends the program after the save that `reached` has asked for.
+
+    Args:
+        step: optimizer steps done.
+        saved: the newest step that is saved: not `step` in a row of skipped steps, which are not.
 
     Raises:
         SystemExit: with `EXIT_CODE`.
     """
     assert _notice is not None
+    skipped = "" if saved == step else f" (step {step} is one of a row of skipped steps)"
     LOGGER.warning(
-        "%s: step %d is saved, %.1f s later; the same command goes on from there",
-        *(_notice.name, step, _notice.passed_s()),
+        "%s: %s is saved%s, %.1f s later; the same command goes on from there",
+        *(_notice.name, "nothing" if saved is None else f"step {saved}", skipped),
+        _notice.passed_s(),
     )
     raise SystemExit(EXIT_CODE)
 

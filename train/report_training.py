@@ -33,6 +33,7 @@ TITLES = {
     "condition": "condition number before whitening",
     "offset": "largest offset",
     "temperature": "temperature",
+    "loss_spike": "steps whose loss is a spike",
 }
 """Words for what routers log."""
 

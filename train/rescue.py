@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from emoe_jax.checkpoint import CheckpointError, Checkpoints
 from train import cluster
+from train.guards import Record
 
 Tree = Any
 
@@ -22,16 +23,17 @@ class Rescue:
 
     It says what it has done, and why where it saves nothing: before the first step there is nothing
     new; a step that fails has taken its arguments' memory (they are donated); arrays with NaN or
-    infinity are no state to go on from; and where only some of several processes have failed,
-    the others would not take part in a save. A failed save is not tried again.
+    infinity are no state to go on from, nor is one in a row of skipped steps; and where only some
+    of several processes have failed, the others would not take part in a save. A failed save is not
+    tried again.
 
     Args:
         checkpoints: of the run.
-        meta: as `Checkpoints.save` takes it.
+        record: what is saved beside the state.
     """
 
-    def __init__(self, checkpoints: Checkpoints, meta: Tree) -> None:
-        self._checkpoints, self._meta = checkpoints, meta
+    def __init__(self, checkpoints: Checkpoints, record: Record) -> None:
+        self._checkpoints, self._record = checkpoints, record
         self._step: int | None = None
         self._state: Tree = None
         self._position: Tree = None
@@ -45,6 +47,10 @@ class Rescue:
             position: of the data, as `Checkpoints.save` takes it.
         """
         self._step, self._state, self._position = step, state, position
+
+    def drop(self) -> None:
+        """Forgets the state: it is none to go on from, or its memory is needed."""
+        self._step = self._state = self._position = None
 
     def __enter__(self) -> Rescue:
         """Returns itself."""
@@ -80,7 +86,9 @@ class Rescue:
             return f"step {step} is not saved: step {step + 1} had taken its memory"
         if not bool(_all_finite(state)):
             return f"step {step} is not saved: it holds NaN or infinity"
-        given = {"data_state": self._position, "meta": self._meta, "force": True}
+        if not self._record.may_save(step, state):
+            return f"step {step} is not saved: it is one of a row of skipped steps"
+        given = {"data_state": self._position, "meta": self._record.meta(), "force": True}
         new = self._checkpoints.save(step, state, **given)
         self._checkpoints.wait()
         return f"step {step} {'is saved' if new else 'was saved already'}"

@@ -6,6 +6,7 @@ routers) and `opt` (the optimizer's state as nested dicts).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -89,24 +90,27 @@ def make_steps(
         grads, sums, aux = _sum_over(one, microbatches(batch, config.accumulate))
         (grads,) = pull_back(grads)
         progress = state["step"].astype(jnp.float32) / config.steps
-        opt = serialization.from_state_dict(opt_state, state["opt"])
-        updates, opt = optimizer.update(grads, opt, trained)
+        before = serialization.from_state_dict(opt_state, state["opt"])
+        updates, after = optimizer.update(grads, before, trained)
         new = {
-            "step": state["step"] + 1,
             "params": merge(optax.apply_updates(trained, updates), frozen),
             "router": update_router_state(config.model.moe, state["router"], aux, progress),
-            "opt": serialization.to_state_dict(opt),
+            "opt": serialization.to_state_dict(after),
         }
+        norms = global_norm(grads), global_norm(updates)
+        good = all_finite((sums, norms, new["router"]))
+        new = _chosen(good, new, {name: state[name] for name in new})
         metrics = _task_metrics(sums, total) | {
-            "grad_norm": global_norm(grads),
-            "learning_rate": learning_rate(state["step"]),
+            "grad_norm": norms[0],
+            "learning_rate": learning_rate(_updates_made(before)),
+            "skipped": jnp.where(good, 0.0, 1.0),
             # To measure a layer that nothing depends on would be the one reason to compute it.
             "router": layer_metrics(
                 {place: layer for place, layer in aux.items() if place not in idle},
                 config.accumulate,
             ),
         }
-        return new, metrics
+        return new | {"step": state["step"] + 1}, metrics
 
     def calibrate_step(
         params: Tree, router: Tree, batch: Batch, key: Array, progress: Array
@@ -137,6 +141,23 @@ def _objective(
     sums, aux = _forward(config)(pure.bind(params, router), batch, key)
     penalty = auxiliary_loss(aux) / config.accumulate
     return sums["loss"] / total + penalty, (sums | {"penalty": penalty}, aux)
+
+
+def all_finite(tree: Tree) -> Array:
+    """Whether no number of a tree is NaN or infinite: a bool []."""
+    each = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
+    return functools.reduce(jnp.logical_and, each, jnp.ones((), bool))
+
+
+def _chosen(good: Array, new: Tree, old: Tree) -> Tree:
+    """The new state where a step is good, the old one, to the bit, where it is not."""
+    return jax.tree.map(lambda after, before: jnp.where(good, after, before), new, old)
+
+
+def _updates_made(opt: Any) -> Array:
+    """The optimizer's own count of steps, by which it reads its schedule: skipped ones are out."""
+    count: Array = optax.tree_utils.tree_get_all_with_path(opt, "count")[0][1]
+    return count
 
 
 def _task_metrics(sums: Sums, total: Array) -> dict[str, Array]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import collections
 import contextlib
 import logging
+import math
+import statistics
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -29,7 +31,13 @@ Row = dict[str, Any]
 LOGGER = logging.getLogger(__name__)
 
 WINDOW = 100
-"""Steps over which running loads are taken."""
+"""Steps over which running loads are taken, and the usual loss."""
+
+SETTLED = 20
+"""Losses from which on there is a usual one."""
+
+LEAST_SPREAD = 1e-3
+"""Of losses, as a share of their median: where they hardly differ, rounding is no spike."""
 
 
 class Meter:
@@ -52,6 +60,8 @@ class Meter:
         self.step, self.time = step, time.perf_counter()
         self.window: collections.deque[dict[str, Any]] = collections.deque(maxlen=WINDOW)
         self.alarms = Alarms(run.config.alarm)
+        self.spikes = Spikes(run.config.alarm.loss_spike)
+        self.losses: list[tuple[int, Any]] = []
         self.reference = _copy(_bases(state))
         self.drift = {
             place: cluster.compile_together(
@@ -67,8 +77,9 @@ class Meter:
         yield
         self.time += time.perf_counter() - began
 
-    def see(self, metrics: Tree) -> None:
-        """Takes the loads of a step into the window; does not wait for them."""
+    def see(self, step: int, metrics: Tree) -> None:
+        """Takes the loss of a step, and its loads into the window; does not wait for them."""
+        self.losses.append((step, metrics["loss"]))
         self.window.append({place: layer["load"] for place, layer in metrics["router"].items()})
 
     def saved(self, state: Tree) -> None:
@@ -97,6 +108,8 @@ class Meter:
         for row in rows:
             scalars |= {f"router/{row['layer']}/{k}": v for k, v in row.items() if _is_scalar(v)}
         scalars |= self.alarms.check(step, rows, settled=len(self.window) == WINDOW)
+        scalars |= self.spikes.check(jax.device_get(self.losses))
+        self.losses.clear()
         log.write(step, {name: float(value) for name, value in scalars.items()})
         log.histograms(step, {f"router/{r['layer']}/load": np.asarray(r["load"]) for r in rows})
         arrays = {f"{r['layer']}/{k}": v for r in rows for k, v in r.items() if isinstance(v, list)}
@@ -169,6 +182,45 @@ class Alarms:
         self.on = set(above)
         counts = collections.Counter(name for name, _ in above)
         return {f"alarm/{name}": float(counts[name]) for name in limits if rows}
+
+
+class Spikes:
+    """Tells losses that leap out of those of the last steps.
+
+    A loss is a spike above m + factor · s, with m the median of the finite losses of the last
+    `WINDOW` steps and s their spread, 1.4826 times the median distance from m: the deviation where
+    they are normal, and hardly moved by the spikes themselves. While losses fall, m lies above
+    them and s holds the fall, so that a start is no spike. Steps that are skipped are none either.
+    """
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+        self.window: collections.deque[float] = collections.deque(maxlen=WINDOW)
+        self.on = False
+
+    def check(self, losses: list[tuple[int, Any]]) -> dict[str, float]:
+        """How many of some steps' losses are spikes, as a scalar; logs where a row of them begins.
+
+        Args:
+            losses: (step, loss) of the steps since the last time.
+        """
+        count = 0
+        for step, loss in ((step, float(loss)) for step, loss in losses if np.isfinite(loss)):
+            limit = self.limit()
+            if loss > limit and not self.on:
+                LOGGER.warning("alarm at step %d: loss is %.4g, above %.4g", step, loss, limit)
+            self.on = loss > limit
+            count += self.on
+            self.window.append(loss)
+        return {"alarm/loss_spike": float(count)}
+
+    def limit(self) -> float:
+        """Above which the next loss is a spike; infinity before there are `SETTLED` losses."""
+        if len(self.window) < SETTLED:
+            return math.inf
+        middle = statistics.median(self.window)
+        spread = 1.4826 * statistics.median(abs(loss - middle) for loss in self.window)
+        return middle + self.factor * max(spread, LEAST_SPREAD * abs(middle))
 
 
 def _on_host(loads: dict[str, Any]) -> bool:

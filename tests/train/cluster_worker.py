@@ -7,11 +7,13 @@ the end process 1 fails alone, in the middle of what process 0 does.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import pathlib
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +27,7 @@ import emoe_jax.stored
 from emoe_jax.checkpoint import CheckpointError, Checkpoints
 from emoe_jax.sharding import MeshConfig, make_mesh, rows_here
 from tests.train.tiny import lm_tree
-from train import cli, cluster
+from train import cli, cluster, loop
 from train.config import freeze
 from train.evaluate import compile_evaluate, evaluate
 from train.loop import train
@@ -40,13 +42,35 @@ def main(folder: pathlib.Path) -> None:
     """Does all of it."""
     tree = json.loads((folder / "one/config.json").read_text())
     resumed = lm_tree(tree["data"]["sources"][0])
-    resumed.update(tree | {"mesh": tree["mesh"] | MESH})
+    guard = tree["guard"] | {"stall_s": 1.0}
+    resumed.update(tree | {"mesh": tree["mesh"] | MESH, "guard": guard})
+    loop._compile_train = troubled(loop._compile_train)
     cli._run_on_several(lambda argv: train(resumed, folder / "two"), [])
     seen = restored(folder, tree) | refusals(folder) | {"rows": rows()}
     (folder / f"seen_{jax.process_index()}.json").write_text(json.dumps(seen))
     different(folder)
     cluster.FAILED_MS = 500
     cli._run_on_several(fail_in_second, [])
+
+
+def troubled(compile_train: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes the second step get a routers' state that is lost, and the third hang in process 1."""
+
+    def compile_and_count(*given: Any) -> Callable[..., Any]:
+        compiled, calls = compile_train(*given), itertools.count(1)
+
+        def step(state: Any, *rest: Any) -> Any:
+            call = next(calls)
+            if call == 2:
+                router = state["router"]["blocks"]["groups"]["0"]["moe"]["router"]
+                router["bias"] = jax.jit(lambda bias: bias.at[0, 3].set(np.nan))(router["bias"])
+            if call == 3 and not cluster.is_first():
+                time.sleep(3)
+            return compiled(state, *rest)
+
+        return step
+
+    return compile_and_count
 
 
 def restored(folder: pathlib.Path, tree: dict[str, Any]) -> dict[str, Any]:

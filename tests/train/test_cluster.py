@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -420,15 +421,27 @@ def test_only_the_first_process_prints_and_writes_logs(runs):
     assert "some parts of the data are read by several" not in err
     (_, out, err), (_, silent, quiet) = runs.ended
     assert out.count("step 12: held out") == out.count("run folder:") == 1
-    assert err.count("resuming") == 1
+    assert err.count("resuming") == 2  # once at the start, once after the rollback
     assert "step 12: held out" not in silent
     assert "resuming" not in quiet
-    assert len(list(runs.two.glob("events.out.tfevents.*"))) == 3  # one for each launch
+    # One for each launch, and one for the rollback.
+    assert len(list(runs.two.glob("events.out.tfevents.*"))) == 4
     assert not list(runs.two.glob(".shared*"))
     lines = (runs.two / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in lines]
     assert steps == sorted(steps)
     assert steps.count(12) == 2  # one line of training and one of evaluation
+
+
+def test_each_process_tells_where_it_hangs(runs):
+    texts = [(runs.two / f"stalls/process_{i}.txt").read_text() for i in range(2)]
+    for process, text in enumerate(texts):
+        _, _, err = runs.ended[process]
+        words = f"process {process} of 2: no training step has ended for"
+        assert words in text
+        assert words in err
+        assert "in _steps" in text
+    assert re.search(r"cluster_worker.py\", line \d+ in step", texts[1])
 
 
 def test_a_missing_process_ends_the_others_with_its_number(runs):
@@ -471,8 +484,15 @@ def test_checkpoints_of_two_processes_are_read_by_one(runs):
     _, of_two = read(runs.two)
     assert of_two.data_state == of_one.data_state
     one, two = ({k: v for k, v in each.meta.items() if k != "made"} for each in (of_one, of_two))
+    guards = [meta.pop("guard") for meta in (one, two)]
     assert one == two
     assert of_two.meta["made"]["config"]["mesh"]["tensor"] == 2
+    assert guards[0] == {"skipped": 0, "row": 0, "rollbacks": []}
+    # Two processes lost their routers' state once, and went back to their last checkpoint.
+    ((step, to, first, end, skipped),) = guards[1].pop("rollbacks")
+    assert guards[1] == {"skipped": 1, "row": 0}
+    assert (to, first, end, skipped) == (max(runs.saved_later), to, to, 1)
+    assert step == to + 2
     leaves = zip(*map(jax.tree.leaves, (of_one.train_state, of_two.train_state)), strict=True)
     for one, two in leaves:
         np.testing.assert_allclose(np.asarray(one), np.asarray(two), rtol=1e-3, atol=1e-5)

@@ -119,12 +119,13 @@ def stopped(finished, tmp_path_factory):
 
 
 def age(workdir):
-    """Writes step 8 and config.json as they were before data had shards, or records a seal."""
+    """Writes step 8 and config.json as of before shards, the exchange, the guard and the seal."""
     file = workdir / "checkpoints" / "8" / "run" / "metadata"
     run = json.loads(file.read_text())
     del run["sha256"], run["metrics"], run["meta"]["made"]
     run["digests"] = {name: entry["digest"] for name, entry in run.pop("arrays").items()}
     assert run["meta"]["data"].pop("shards") == 1
+    assert run["meta"].pop("guard") == {"skipped": 0, "row": 0, "rollbacks": []}
     moe = run["meta"]["model"]["moe"]
     moe["basis"] = {"rank": 128, "method": "qr", "companion": False}
     for name in ("offset", "subspace", "whitening"):

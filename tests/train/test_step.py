@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from emoe_jax import basis as bases
+from emoe_jax import sharding
 from emoe_jax.config import BASIS_METHODS
 from tests.train.tiny import vit_tree
 from tests.train.trainer import (
@@ -22,6 +23,7 @@ from tests.train.trainer import (
     small_tree,
     text_batch,
 )
+from train import step as step_module
 from train.step import microbatches
 
 
@@ -54,6 +56,69 @@ def test_four_microbatches_equal_one_batch(router):
     assert int(other["step"]) == 3
 
 
+@jax.custom_vjp
+def spoil(x, bad):
+    """x, with a gradient that is not a number where a batch is bad."""
+    return x
+
+
+spoil.defvjp(lambda x, bad: (x, bad), lambda bad, ct: (jnp.where(bad, jnp.nan, ct), None))
+
+GUARDED = {
+    "alone": ({}, None),
+    # One row in one microbatch on one shard is bad.
+    "spread": (
+        {"accumulate": 2, "model": {"remat": "full"}},
+        sharding.MeshConfig(fsdp=2, expert=2, tensor=2),
+    ),
+}
+
+
+@functools.cache
+def guarded(case):
+    """A trainer for which a batch with row 100 has a gradient that is not finite, in one weight."""
+    changes, mesh = GUARDED[case]
+    objective = step_module._objective
+
+    def spoilt(config, pure, params, router, batch, *rest):
+        scale = params["norm"]["scale"]
+        weight = spoil(scale[0], jnp.any(batch["rows"] == 100))
+        params = params | {"norm": {"scale": scale.at[0].set(weight)}}
+        return objective(config, pure, params, router, batch, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_module, "_objective", spoilt)
+        own = Trainer(
+            small_tree({"router": "whitened"}, **changes),
+            mesh=None if mesh is None else sharding.make_mesh(mesh),
+        )
+        own.run([text_batch()])  # traced while it is patched
+    return own
+
+
+def bad_gradient(seed):
+    batch = text_batch(seed)
+    batch["rows"] = np.where(batch["rows"] == 3, 100, batch["rows"]).astype(np.int32)
+    return batch
+
+
+@pytest.mark.parametrize("case", GUARDED)
+def test_a_gradient_that_is_not_finite_changes_nothing_but_the_count_of_steps(case):
+    own, good = guarded(case), text_batch(0)
+    state, _ = own.run([good])
+    other, history = own.run([good, bad_gradient(1), bad_gradient(2)])
+    assert (int(state.pop("step")), int(other.pop("step"))) == (1, 3)
+    chex.assert_trees_all_equal(other, state)
+    assert [float(metrics["skipped"]) for metrics in history] == [0.0, 1.0, 1.0]
+    assert np.isfinite([metrics["loss"] for metrics in history]).all()
+    assert np.isnan(history[1]["grad_norm"])
+    # The schedule counts the updates that were made.
+    assert history[2]["learning_rate"] == history[1]["learning_rate"] < history[0]["learning_rate"]
+    _, history = own.run([good, bad_gradient(1), text_batch(2)])
+    assert [float(metrics["skipped"]) for metrics in history] == [0.0, 1.0, 0.0]
+    assert np.isfinite(history[2]["grad_norm"])
+
+
 def test_strided_microbatches_hold_every_row_once():
     parts = microbatches({"rows": jnp.arange(8)}, 4)["rows"]
     np.testing.assert_array_equal(parts, [[0, 4], [1, 5], [2, 6], [3, 7]])
@@ -61,7 +126,7 @@ def test_strided_microbatches_hold_every_row_once():
 
 def test_metrics_are_all_there_and_agree_with_each_other():
     _, history = trained("loss_free")
-    names = {"loss", "penalty", "grad_norm", "learning_rate", "router"}
+    names = {"loss", "penalty", "grad_norm", "learning_rate", "skipped", "router"}
     assert history[0].keys() == names
     layers = history[0]["router"]["0"]
     assert layers.keys() == {

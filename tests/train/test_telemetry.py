@@ -12,7 +12,7 @@ from tests.train.tiny import lm_tree, mesh_of_one, write_corpus
 from train import telemetry
 from train.config import AlarmConfig, freeze
 from train.run import build
-from train.telemetry import Alarms, Meter
+from train.telemetry import Alarms, Meter, Spikes
 
 HALF = 2**-0.5
 NONE = {"params": {}, "router": {}}
@@ -62,7 +62,7 @@ def test_time_of_evaluations_is_left_out_of_the_rate(monkeypatch, run):
     with meter.left_out():
         now[0] += 10.0
     now[0] += 1.0
-    meter.see(metrics(EVEN))
+    meter.see(1, metrics(EVEN))
     meter.log(4, metrics(EVEN), NONE, log)
     assert log.scalars["train/tokens_per_second"] == pytest.approx(4 * 8 * 32 / 4.0)
 
@@ -73,7 +73,7 @@ def test_the_window_takes_the_mean_of_loads(run):
     for expert in range(4):
         load = np.zeros((2, 4), np.float32)
         load[0, expert] = load[1, 0] = 1.0
-        meter.see(metrics(load))
+        meter.see(expert + 1, metrics(load))
     meter.log(4, metrics(load), NONE, log)
     assert log.scalars["router/layer_00/max_vio_window"] == 0.0
     assert log.scalars["router/layer_01/max_vio_window"] == 3.0
@@ -85,9 +85,9 @@ def test_the_window_takes_the_mean_of_loads(run):
 
 def test_the_window_forgets(run):
     meter, log = Meter(run, 0, NONE), Log()
-    meter.see(metrics([[1.0, 0.0, 0.0, 0.0]] * 2))
+    meter.see(1, metrics([[1.0, 0.0, 0.0, 0.0]] * 2))
     for _ in range(telemetry.WINDOW):
-        meter.see(metrics(EVEN))
+        meter.see(1, metrics(EVEN))
     meter.log(101, metrics(EVEN), NONE, log)
     assert log.scalars["router/layer_00/max_vio_window"] == 0.0
 
@@ -102,7 +102,7 @@ def test_drift_is_counted_from_the_last_checkpoint(run):
     along, turned = jnp.array([[[1.0], [0.0]]] * 2), jnp.array([[[HALF], [HALF]]] * 2)
     spectrum = jnp.array([[3.0], [5.0]])
     meter, log = Meter(run, 0, state_with(along, spectrum)), Log()
-    meter.see(metrics(EVEN))
+    meter.see(1, metrics(EVEN))
     meter.log(1, metrics(EVEN), state_with(turned, spectrum), log)
     assert log.scalars["router/layer_01/drift"] == pytest.approx(HALF, rel=1e-6)
     np.testing.assert_array_equal(log.values["layer_01/spectrum"], [5.0])
@@ -143,7 +143,45 @@ def test_alarms_over_the_window_wait_until_it_is_full():
     assert early == {"alarm/orthonormality_error": 0.0, "alarm/drop_fraction": 1.0}
 
 
-@pytest.mark.parametrize("name", ["dead", "max_vio", "orthonormality", "drops"])
+def spiky(losses, factor=4.0):
+    """Spikes among numbered losses, told one by one."""
+    spikes = Spikes(factor)
+    return [int(spikes.check([pair])["alarm/loss_spike"]) for pair in enumerate(losses)]
+
+
+def test_a_loss_far_above_those_before_is_a_spike(caplog):
+    # Half of them 1 and half 1.2: median 1.1, spread 1.4826 · 0.1; 4 times that is 0.593.
+    usual = [1.0, 1.2] * 10
+    assert spiky([*usual, 1.69]) == [0] * 21
+    assert spiky([*usual, 1.70]) == [0] * 20 + [1]
+    # With an odd one more the median is 1.2 and the distances' median 0.2.
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "train.telemetry"):
+        assert spiky([*usual, 9.0, 9.0, 1.0, 9.0]) == [0] * 20 + [1, 1, 0, 1]
+    assert [record.getMessage() for record in caplog.records] == [
+        "alarm at step 20: loss is 9, above 1.693",
+        "alarm at step 23: loss is 9, above 2.386",
+    ]
+
+
+def test_what_is_no_spike():
+    assert sum(spiky([1.0, 1.2] * 9 + [5.0])) == 0  # too few losses to know what is usual
+    assert sum(spiky([1.0] * 30 + [1.003, 1.0, 1.0])) == 0  # rounding
+    assert sum(spiky([4.0 * 0.97**step for step in range(60)] + [1.0])) == 0  # a steep start
+    assert sum(spiky([1.0, 1.2] * 10 + [np.nan, np.inf])) == 0  # skipped
+
+
+def test_spikes_between_two_lines_are_counted(run):
+    meter, log = Meter(run, 0, NONE), Log()
+    for step in range(1, 41):
+        loss = jnp.float32(9.0 if step in (35, 37) else 1.0 + 0.1 * (step % 2))
+        meter.see(step, metrics(EVEN) | {"loss": loss})
+        if step % 20 == 0:
+            meter.log(step, metrics(EVEN), NONE, log)
+            assert log.scalars["alarm/loss_spike"] == (0.0 if step == 20 else 2.0)
+
+
+@pytest.mark.parametrize("name", ["dead", "max_vio", "orthonormality", "drops", "loss_spike"])
 def test_thresholds_below_zero_are_refused(name):
     with pytest.raises(ValueError, match=f"alarm.{name}=-1 is below zero"):
         AlarmConfig(**{name: -1})
