@@ -25,7 +25,7 @@ def describe(run: Run) -> None:
     """Logs the model's size, the mesh, and the kernel of the experts' products."""
     params = run.abstract["params"]
     trained, frozen = partition(params, run.config.optim.trainable)
-    processes = jax.processcount_parameters()
+    processes = jax.process_count()
     LOGGER.info(
         "%s parameters%s, %s active per token; mesh %s of %s%s; %s",
         f"{count_parameters(params):,}",
