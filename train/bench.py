@@ -228,8 +228,9 @@ def _shown(row: Row) -> Row:
         cells["router / layer"] = f"{row['share']:.3f} ({spread})"
     if "overhead" in row:
         cells = {"every": row["every"], "bytes": row["bytes"]} | cells
-        spread = f"{100 * row['overhead_min']:.1f} to {100 * row['overhead_max']:.1f}"
-        cells["overhead %"] = f"{100 * row['overhead']:.1f} ({spread})"
+        for name in ("overhead", "processor_overhead"):
+            middle, least, most = (100 * row[f"{name}{end}"] for end in ("", "_min", "_max"))
+            cells[f"{name.replace('_', ' ')} %"] = f"{middle:.1f} ({least:.1f} to {most:.1f})"
         cells["save call ms"] = f"{row['call_ms']:.1f}"
     if "compile_s" in row:
         cells["compile s"] = f"{row['compile_s']:.1f}"
