@@ -3,7 +3,9 @@
 A run is trained on in halves of rounds, each of as many steps as lie between two checkpoints: one
 half saves in its middle, as `train.loop` does, the other does not. A half begins with nothing in
 the background; a save that is not complete at its end is waited for, and counts. The halves change
-places from round to round, and the overhead is the median of the rounds' ratios.
+places from round to round, and the overhead is the median of the rounds' ratios. That of the time
+which the process's threads have spent on processors stands beside it: what other programs do at the
+same time hardly changes it, and where they leave no core idle it is what checkpoints cost.
 """
 
 from __future__ import annotations
@@ -37,8 +39,8 @@ def checkpoints(config: ExperimentConfig, every: int, repeats: int) -> list[Row]
     Returns:
         One row: milliseconds of a step without (`plain_`) and with checkpoints (`saving_`), each
         median, least and most over rounds; `overhead` and its least and most, the ratio of both of
-        a round minus 1; `call_ms`, the median time for which `Checkpoints.save` stops the steps;
-        `bytes`, of the arrays.
+        a round minus 1; `processor_overhead`, the same of processor time; `call_ms`, the median
+        time for which `Checkpoints.save` stops the steps; `bytes`, of the arrays.
 
     Raises:
         ValueError: the experiment is impossible.
@@ -70,11 +72,11 @@ class _Trial:
         self.bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.state))
         self.calls: list[float] = []
 
-    def half(self, *, saving: bool) -> float:
-        """Seconds a step of the next `every` steps."""
+    def half(self, *, saving: bool) -> tuple[float, float]:
+        """Seconds, and processor seconds, a step of the next `every` steps."""
         run, key, meta = self.run, self.run.key(), identity(self.run.config)
         jax.block_until_ready(self.state)
-        began = time.perf_counter()
+        began, spent = time.perf_counter(), time.process_time()
         for _ in range(self.every):
             batch = run.to_devices(next(self.batches), run.config.batch)
             self.state, _ = self.compiled(self.state, batch, key)
@@ -84,7 +86,8 @@ class _Trial:
                 self._save(position, meta)
         jax.block_until_ready(self.state)
         self.checkpoints.wait()
-        return (time.perf_counter() - began) / self.every
+        taken = time.perf_counter() - began, time.process_time() - spent
+        return taken[0] / self.every, taken[1] / self.every
 
     def _save(self, position: Tree, meta: Tree) -> None:
         """As the loop does; the step in progress is waited for before the call is timed."""
@@ -95,20 +98,23 @@ class _Trial:
             self.calls.append(time.perf_counter() - began)
 
 
-def _round(trial: _Trial, *, saving_first: bool) -> tuple[float, float]:
-    """Seconds a step of both halves: plain, saving."""
+def _round(trial: _Trial, *, saving_first: bool) -> tuple[tuple[float, float], ...]:
+    """What both halves took: plain, saving."""
     times = {saving: trial.half(saving=saving) for saving in (saving_first, not saving_first)}
     return times[False], times[True]
 
 
-def _row(trial: _Trial, rounds: list[tuple[float, float]]) -> Row:
-    plain, saving = zip(*rounds, strict=True)
-    ratios = [b / a - 1 for a, b in rounds]
+def _row(trial: _Trial, rounds: list[tuple[tuple[float, float], ...]]) -> Row:
+    plain, saving = ([half[0] for half in halves] for halves in zip(*rounds, strict=True))
+    ratios, processor = ([after[i] / before[i] - 1 for before, after in rounds] for i in range(2))
     row: Row = {"every": trial.every, "bytes": trial.bytes, "rounds": len(rounds)}
     row |= milliseconds("plain", plain) | milliseconds("saving", saving)
     return row | {
         "overhead": statistics.median(ratios),
         "overhead_min": min(ratios),
         "overhead_max": max(ratios),
+        "processor_overhead": statistics.median(processor),
+        "processor_overhead_min": min(processor),
+        "processor_overhead_max": max(processor),
         "call_ms": 1e3 * statistics.median(trial.calls),
     }

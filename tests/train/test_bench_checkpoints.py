@@ -35,10 +35,12 @@ def test_a_row_gives_the_median_of_the_rounds_ratios(config, monkeypatch):
     class Done:
         every, bytes, calls = 50, 4, [0.001, 0.003, 0.002]
 
-    row = bench_checkpoints._row(Done(), [(1.0, 1.02), (2.0, 2.2), (1.0, 0.99)])
+    rounds = [((1.0, 2.0), (1.02, 2.5)), ((2.0, 2.0), (2.2, 2.2)), ((1.0, 2.0), (0.99, 2.0))]
+    row = bench_checkpoints._row(Done(), rounds)
     assert row["overhead"] == pytest.approx(0.02)
     assert row["overhead_min"] == pytest.approx(-0.01)
     assert row["overhead_max"] == pytest.approx(0.1)
+    assert row["processor_overhead"] == pytest.approx(0.1)
     assert row["call_ms"] == pytest.approx(2)
     assert (row["plain_ms"], row["saving_ms"]) == (1000, pytest.approx(1020))
     assert bench._shown(row)["overhead %"] == "2.0 (-1.0 to 10.0)"
