@@ -177,13 +177,16 @@ def examine(folder: epath.Path) -> list[Damage]:
 
     Only what a reader uses is judged: orbax keeps files of which a restored value does not depend.
     """
+    damage = []
     try:
         record = read_record(folder)
-        found = [value for _, value in each_array(folder, record, record["arrays"])]
+        names = list(record["arrays"])
+        for _, value in each_array(folder, record, names):
+            if isinstance(value, Damage):
+                damage.append(value)
     except Exception as error:
         return [Damage("", [f"{RUN}/metadata"], reason(error))]
-    damage = [value for value in found if isinstance(value, Damage)]
-    if len(damage) == len(found) > 1:  # their index is damaged: one reason for all
+    if len(damage) == len(names) > 1:  # their index is damaged: one reason for all
         return [damage[0]._replace(array="")]
     return damage
 
@@ -191,7 +194,8 @@ def examine(folder: epath.Path) -> list[Damage]:
 def changed_arrays(record: Tree, arrays: Mapping[str, jax.Array]) -> list[str]:
     """Names of the arrays that hold other bits than were saved."""
     entries = record["arrays"]
-    return [name for name, value in digests(arrays).items() if value != entries[name]["digest"]]
+    saved = {name: entry["digest"] for name, entry in entries.items()}
+    return [name for name, value in digests(arrays).items() if value != saved.get(name)]
 
 
 def files_of(folder: epath.Path, name: str) -> list[str]:

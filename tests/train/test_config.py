@@ -118,6 +118,13 @@ def test_an_unknown_key_that_resembles_none_lists_all():
         ("lm", {"checkpoint": {"every": 0}}, "every=0 must be above zero"),
         ("lm", {"checkpoint": {"keep_last": 0}}, "keep_last=0 must be above zero"),
         ("lm", {"checkpoint": {"keep_best": -1}}, "checkpoint.keep_best=-1 is below zero"),
+        ("lm", {"checkpoint": {"keep_every": -1}}, "checkpoint.keep_every=-1 is below zero"),
+        (
+            "lm",
+            {"checkpoint": {"every": 200, "keep_every": 500}},
+            "is no multiple of checkpoint.every=200, so those steps are not all saved; set"
+            " checkpoint.keep_every to 600",
+        ),
         ("lm", {"mesh": {"tensor": 0}}, "mesh.tensor=0 must be at least 1"),
         ("lm", {"moe": {"experts": 4, "top_k": 5}}, "top_k=5 is more than experts=4"),
         ("lm", {"model": {"width": 30, "heads": 4}}, "heads=4 does not divide width=30"),
