@@ -1,6 +1,6 @@
 """What a run does about numbers that are not finite: it skips, it goes back, it gives up.
 
-A step whose loss, gradients, update or routers' next state are not finite changes nothing but the
+A step whose loss, gradients, bases or routers' next state are not finite changes nothing but the
 count of steps: `step.train_step` selects, inside the one compiled program. The host reads these
 flags where it waits for the devices anyway, when a line is logged, at evaluations and before
 checkpoints, and counts them.

@@ -16,7 +16,7 @@ import optax
 from flax import serialization
 from jax.sharding import Mesh
 
-from emoe_jax.basis import prepare_bases
+from emoe_jax.basis import is_basis, prepare_bases
 from emoe_jax.losses import cross_entropy
 from emoe_jax.metrics import routing_metrics
 from emoe_jax.models.stack import idle_places, update_router_state
@@ -97,11 +97,15 @@ def make_steps(
             "router": update_router_state(config.model.moe, state["router"], aux, progress),
             "opt": serialization.to_state_dict(after),
         }
-        norms = global_norm(grads), global_norm(updates)
-        good = all_finite((sums, norms, new["router"]))
+        norm = global_norm(grads)
+        # Of finite gradients only the retraction of a basis can make an update that is not.
+        moved = [
+            leaf for path, leaf in jax.tree_util.tree_leaves_with_path(updates) if is_basis(path)
+        ]
+        good = all_finite((sums, norm, moved, new["router"]))
         new = _chosen(good, new, {name: state[name] for name in new})
         metrics = _task_metrics(sums, total) | {
-            "grad_norm": norms[0],
+            "grad_norm": norm,
             "learning_rate": learning_rate(_updates_made(before)),
             "skipped": jnp.where(good, 0.0, 1.0),
             # To measure a layer that nothing depends on would be the one reason to compute it.
