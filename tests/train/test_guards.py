@@ -171,7 +171,7 @@ def compile_fast(lowered):
     return lowered.compile(compiler_options=FAST_COMPILE)
 
 
-class KilledError(Exception):
+class KilledError(BaseException):
     pass
 
 
