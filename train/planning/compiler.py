@@ -1,0 +1,206 @@
+"""What XLA says of a training step for devices that nobody holds.
+
+Memory and schedule are settled once buffers are assigned, which takes a third of a compile for TPU;
+what follows makes machine code that nobody will run. So the compile runs in a process of its own,
+which is ended when the compiler has written its buffers and its schedule, unless all is wanted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import pathlib
+import re
+import tempfile
+import time
+from typing import Any
+
+import jax
+
+from train.config import ExperimentConfig
+from train.planning.program import lower_step
+from train.planning.topology import Topology
+
+SCHEDULE = "*train_step*.after_optimizations_after_buffer_assignment.txt"
+BUFFERS = "*train_step*.after_optimizations-buffer-assignment.txt"
+
+POLL = 1.0
+"""Seconds between looks at what the compiler has written."""
+
+_UNITS = {"": 1.0, "K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler tells of a training step.
+
+    Attributes:
+        arguments: bytes of state and batch on a device.
+        temporary: bytes that the step needs besides at its peak.
+        seconds: that the compile took.
+        schedule: the scheduled program as text.
+        flops: the compiler's own count on a device, loop bodies once; 0 where it was not asked.
+        analysis: whether the bytes are `memory_analysis()` of a whole compile; otherwise they are
+            the sizes in its buffer assignment, which are the same.
+        limit: of a program that the compiler refuses as too large, the memory in bytes; else None.
+    """
+
+    arguments: float
+    temporary: float
+    seconds: float
+    schedule: str
+    flops: float = 0.0
+    analysis: bool = False
+    limit: float | None = None
+
+    @property
+    def total(self) -> float:
+        """Bytes on a device at the peak."""
+        return self.arguments + self.temporary
+
+
+def compile_step(
+    config: ExperimentConfig, topology: Topology, *, keep: pathlib.Path | None, whole: bool = False
+) -> Compiled:
+    """Compiles the training step of a configuration.
+
+    Args:
+        config: the experiment, from `program.planned`.
+        topology: devices, for which there is a compiler.
+        keep: folder in which what the compiler told is kept; a program that is there already is
+            not compiled again. None keeps nothing.
+        whole: whether machine code is made too, without which there is no `flops`.
+
+    Raises:
+        ValueError: the mesh does not divide the model or the batch, or there is no compiler.
+        RuntimeError: the compiler failed.
+    """
+    lowered = lower_step(config, topology)
+    name = hashlib.sha256((topology.name + str(whole) + lowered.as_text()).encode()).hexdigest()[:16]
+    folder = None if keep is None else keep / name
+    if folder is not None and (folder / "compiled.json").is_file():
+        return _read(folder)
+    if topology.chip.platform == "cpu" or whole:
+        with tempfile.TemporaryDirectory() as dump:
+            done = _compile(lowered, pathlib.Path(dump))
+    else:
+        done = _apart(config, topology)
+    if folder is not None:
+        _write(folder, done)
+    return done
+
+
+def _compile(lowered: Any, dump: pathlib.Path) -> Compiled:
+    """A whole compile in this process."""
+    began = time.perf_counter()
+    # Programs with asynchronous collectives of libtpu cannot be printed by jaxlib, hence the dump.
+    options = {"xla_dump_to": str(dump), "xla_dump_hlo_as_text": True}
+    try:
+        done = lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        return too_large(str(error), dump, time.perf_counter() - began)
+    memory, cost = done.memory_analysis(), done.cost_analysis() or {}
+    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Compiled(
+        arguments=float(memory.argument_size_in_bytes),
+        temporary=float(memory.temp_size_in_bytes + outputs),
+        seconds=time.perf_counter() - began,
+        schedule=_text(dump, SCHEDULE) or done.as_text(),
+        flops=float(cost.get("flops", 0.0)),
+        analysis=True,
+    )
+
+
+def _in_child(config: ExperimentConfig, topology: Topology, dump: str) -> None:
+    """The child process: compiles, and writes what went wrong."""
+    jax.config.update("jax_platforms", "cpu")
+    options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
+    try:
+        lower_step(config, topology).compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        (pathlib.Path(dump) / "error").write_text(str(error), encoding="utf-8")
+
+
+def _apart(config: ExperimentConfig, topology: Topology) -> Compiled:
+    """A compile that ends when buffers are assigned."""
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        dump = pathlib.Path(folder)
+        process = multiprocessing.get_context("spawn").Process(
+            target=_in_child, args=(config, topology, folder), daemon=True
+        )
+        process.start()
+        try:
+            while process.is_alive() and not (_whole(dump, SCHEDULE) and _whole(dump, BUFFERS)):
+                process.join(POLL)
+        finally:
+            process.kill()
+            process.join()
+        seconds = time.perf_counter() - began
+        error = dump / "error"
+        if error.is_file():
+            return too_large(error.read_text(encoding="utf-8"), dump, seconds)
+        arguments, temporary = buffer_sizes(_text(dump, BUFFERS))
+        return Compiled(arguments, temporary, seconds, _text(dump, SCHEDULE))
+
+
+def _whole(dump: pathlib.Path, pattern: str) -> bool:
+    """Whether a file of the dump is there and no longer grows."""
+    sizes = [file.stat().st_size for file in dump.glob(pattern)]
+    time.sleep(POLL / 4 if sizes else 0)
+    return any(sizes) and sizes == [file.stat().st_size for file in dump.glob(pattern)]
+
+
+def buffer_sizes(text: str) -> tuple[float, float]:
+    """Bytes of arguments, and of temporaries and outputs, in a buffer assignment.
+
+    Memory other than HBM has a color of its own and does not count; what belongs to one thread of
+    a core is no HBM either.
+    """
+    arguments = temporary = 0.0
+    for line in text.splitlines():
+        found = re.match(r"allocation \d+: size (\d+), (.*):$", line)
+        if found is None or "color" in found[2] or "thread-local" in found[2]:
+            continue
+        if "parameter" in found[2]:
+            arguments += float(found[1])
+        elif "temp" in found[2] or "live-out" in found[2]:
+            temporary += float(found[1])
+    return arguments, temporary
+
+
+def too_large(message: str, dump: pathlib.Path, seconds: float) -> Compiled:
+    """What an "out of memory" of the compiler says.
+
+    Raises:
+        RuntimeError: the compiler failed for another reason.
+    """
+    found = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
+    if found is None:
+        raise RuntimeError(message)
+    used = float(found[1]) * _UNITS[found[2]]
+    arguments = re.search(r"arguments\s+([\d.]+)([KMGT]?)", message)
+    held = float(arguments[1]) * _UNITS[arguments[2]] if arguments else 0.0
+    limit = float(found[3]) * _UNITS[found[4]]
+    return Compiled(held, used - held, seconds, _text(dump, SCHEDULE), limit=limit)
+
+
+def _text(dump: pathlib.Path, pattern: str) -> str:
+    found = sorted(dump.glob(pattern))
+    return found[-1].read_text(encoding="utf-8") if found else ""
+
+
+def _write(folder: pathlib.Path, compiled: Compiled) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    tree = dataclasses.asdict(compiled)
+    (folder / "schedule.txt").write_text(tree.pop("schedule"), encoding="utf-8")
+    # Last: a compile that was stopped leaves no file of this name.
+    (folder / "compiled.json").write_text(json.dumps(tree), encoding="utf-8")
+
+
+def _read(folder: pathlib.Path) -> Compiled:
+    tree = json.loads((folder / "compiled.json").read_text(encoding="utf-8"))
+    schedule = (folder / "schedule.txt").read_text(encoding="utf-8")
+    return Compiled(schedule=schedule, **tree)
