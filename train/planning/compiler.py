@@ -78,7 +78,9 @@ def compile_step(
         RuntimeError: the compiler failed.
     """
     lowered = lower_step(config, topology)
-    name = hashlib.sha256((topology.name + str(whole) + lowered.as_text()).encode()).hexdigest()[:16]
+    name = hashlib.sha256((topology.name + str(whole) + lowered.as_text()).encode()).hexdigest()[
+        :16
+    ]
     folder = None if keep is None else keep / name
     if folder is not None and (folder / "compiled.json").is_file():
         return _read(folder)

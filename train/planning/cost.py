@@ -9,19 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import jax.numpy as jnp
 
 from emoe_jax.config import LMConfig, moe_layers
 from emoe_jax.dispatch.exchange import choose_exchange
 from train.config import ExperimentConfig
-from train.flops import flops_per_unit
-from train.planning.memory import Sizes, shard_bytes, sizes_of
+from train.planning.memory import Sizes, Weights, sizes_of
 from train.planning.topology import Topology, abstract_shape
 from train.planning.wires import exchange_rate, ring_rate
-
-Tree = Any
 
 SCORE_PASSES = 14.0
 """How often a float32 array of attention scores is written or read in a step, where the kernel is
@@ -51,6 +47,10 @@ class Rates:
     links: float = 1.0
     latency: float = 0.0
     fixed: float = 0.0
+
+
+PEAK = Rates()
+"""The chip's own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,13 +135,13 @@ class Cost:
 
 
 def predict(
-    config: ExperimentConfig, params: Tree, topology: Topology, max_vio: float = 0.0
+    config: ExperimentConfig, weights: Weights, topology: Topology, max_vio: float = 0.0
 ) -> Cost:
     """Cost of a step.
 
     Args:
         config: the experiment.
-        params: abstract parameters.
+        weights: its parameters.
         topology: the devices.
         max_vio: how far the fullest expert is above the mean load (MaxVio); 0 is even.
     """
@@ -151,15 +151,11 @@ def predict(
     rounds = 1
     if mesh["expert"] > 1 and choose_exchange(config.model.moe) != "all_gather":
         rounds = max(1, math.ceil(round(skew / config.model.moe.buffer_factor, 6)))
-    held = shard_bytes(params, mesh)
-    tokens = sizes.length if not isinstance(config.model, LMConfig) else 1
+    held = weights.held(mesh)
     units = config.batch * (sizes.length if isinstance(config.model, LMConfig) else 1)
-    length = sizes.length
-    per_unit = flops_per_unit(config.model, params, length)
-    del tokens
-    flows = _exchange(config, sizes, topology, rounds) + _weights(config, params, sizes, topology)
+    flows = _exchange(config, sizes, topology, rounds) + _weights(config, weights, sizes, topology)
     return Cost(
-        model_flops=per_unit * units,
+        model_flops=weights.per_unit * units,
         products=_products(config, sizes, skew),
         traffic=_traffic(config, sizes, held, rounds),
         flows=tuple(flow for flow in flows if flow.received),
@@ -171,7 +167,7 @@ def predict(
 
 
 def _skew(config: ExperimentConfig, mesh: dict[str, int], max_vio: float) -> float:
-    """Load of the fullest device over the mean: one expert at 1 + MaxVio, its others at the mean."""
+    """Load of the fullest device over the mean: one expert at 1 + MaxVio, others at the mean."""
     return 1 + max_vio * mesh["expert"] / config.model.moe.experts
 
 
@@ -214,7 +210,9 @@ def _traffic(config: ExperimentConfig, sizes: Sizes, held: float, rounds: int) -
     c, tp = jnp.dtype(model.dtype).itemsize, sizes.shards["tensor"]
     shards = sizes.shards["fsdp"]
     optimizer = 7 * held  # read parameter, gradient and two moments; write three of them
-    weights = held / 4 * c * shards * 4  # gathered, in forward, recomputed and two backward products
+    weights = (
+        held / 4 * c * shards * 4
+    )  # gathered, in forward, recomputed and two backward products
     hidden = HIDDEN_PASSES * t * D * c * sizes.layers
     scores = 0.0
     if model.attention not in ("splash", "cudnn"):
@@ -235,7 +233,7 @@ def _exchange(
     c = jnp.dtype(config.model.dtype).itemsize
     passes = 2 * (2 + (config.model.remat != "none")) * layers * config.accumulate * rounds
     name = choose_exchange(moe)
-    mine = MeshKey(config)
+    mine = config.mesh
     if name == "all_gather":
         size = sizes.rows / moe.top_k * sizes.width * (c + 4) / 2  # outputs return in float32
         rate = ring_rate(topology, mine, ("expert",))
@@ -251,12 +249,14 @@ def _exchange(
 
 
 def _weights(
-    config: ExperimentConfig, params: Tree, sizes: Sizes, topology: Topology
+    config: ExperimentConfig, weights: Weights, sizes: Sizes, topology: Topology
 ) -> list[Flow]:
     """Gathers of parameters over fsdp, reductions of gradients, and sums over tensor."""
-    model, mesh, mine = config.model, sizes.shards, MeshKey(config)
+    model, mesh, mine = config.model, sizes.shards, config.mesh
     c = jnp.dtype(model.dtype).itemsize
-    experts, dense, vocabulary = _held(params, mesh)
+    experts, dense, vocabulary = (
+        weights.held(mesh, part) / 4 for part in ("experts", "blocks", "vocabulary")
+    )
     micro, flows = config.accumulate, []
     remat = 2 if model.remat != "none" else 1
 
@@ -275,7 +275,7 @@ def _weights(
         ring("fsdp gather", ("fsdp",), f * experts * c * (remat + 1) * micro, 3 * L * 3 * micro)
         ring("fsdp gather", ("fsdp",), f * vocabulary * c * micro, 2 * micro)
         ring("gradients", ("fsdp",), f * experts * c * micro, 3 * L * micro)
-        ring("gradients", ("fsdp",), 2 * f * dense * 4 * micro, 4 * L * micro)
+        ring("gradients", ("fsdp",), f * dense * 4 * micro, 4 * L * micro)
     # An all-reduce is a scatter and a gather.
     others = tuple(axis for axis in ("data", "expert") if mesh[axis] > 1)
     ring("gradients", others, 2 * dense * c * micro, 4 * L * micro)
@@ -287,14 +287,3 @@ def _weights(
         passes = 2 * L * (2 + (remat - 1)) * micro
         ring("tensor", ("tensor",), 2 * size * passes, passes)
     return flows
-
-
-def _held(params: Tree, mesh: dict[str, int] | Any) -> tuple[float, float, float]:
-    """Numbers of parameters on a device: of experts, of the rest of the blocks, of vocabularies."""
-    groups = params["blocks"]["groups"].values()
-    experts = sum(
-        shard_bytes(group["moe"]["experts"], mesh) / 4 for group in groups if "moe" in group
-    )
-    blocks = shard_bytes(params["blocks"], mesh) / 4
-    rest = {name: leaf for name, leaf in params.items() if name in ("embedding", "head")}
-    return experts, blocks - experts, shard_bytes(rest, mesh) / 4

@@ -159,6 +159,15 @@ def _walk(
         if kind in KINDS:
             hidden = each.kind != kind and _work_before_end(body, place)
             yield _collective(each, kind, times, hidden, mesh)
+        elif each.kind == "fusion" and each.attribute("calls") in program:
+            # On TPU a scatter of a sum is an all-reduce fused with the slice that a device keeps.
+            for found in _walk(program, each.attribute("calls") or "", times, mesh):
+                size = array_bytes(each.shape)
+                devices = math.prod(mesh[axis] for axis in found.axes)
+                received = _received("reduce-scatter", size, devices)
+                yield dataclasses.replace(
+                    found, kind="reduce-scatter", size=size, received=received
+                )
         elif each.kind == "while":
             inner = each.attribute("body")
             yield from _walk(program, inner or "", times * trips(each, program), mesh)
@@ -204,7 +213,13 @@ def _collective(
             2 if kind in ("all-reduce", "all-to-all", "collective-permute") else 1
         )
     return Collective(
-        kind, axes, _purpose(each, kind, axes, size), size, _received(kind, size, devices), times, hidden
+        kind,
+        axes,
+        _purpose(each, kind, axes, size),
+        size,
+        _received(kind, size, devices),
+        times,
+        hidden,
     )
 
 

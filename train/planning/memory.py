@@ -14,19 +14,19 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from emoe_jax import pure
 from emoe_jax.config import LMConfig, ViTConfig, moe_layers
 from emoe_jax.dispatch.exchange import choose_exchange
 from emoe_jax.dispatch.transport import TRANSPORTS
-from emoe_jax.sharding import spec
+from emoe_jax.sharding import AXES, spec
 from train.config import ExperimentConfig
-from train.flops import image_tokens
-
-Tree = Any
+from train.data.config import TextConfig
+from train.flops import active_parameters, flops_per_unit, image_tokens
+from train.run import model_maker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Scratch:
 
     Attributes:
         scores: float32 arrays [b,H,S,S] of attention that is not fused.
+        again: the same where the whole block is computed again ("full").
         hidden: float32 arrays [t,D] beside them.
         rows: arrays [rows,D] in the compute dtype while experts are differentiated.
         inner: arrays [rows,F], likewise.
@@ -43,11 +44,15 @@ class Scratch:
     """
 
     scores: float = 2.0
-    hidden: float = 11.0
-    rows: float = 7.0
-    inner: float = 5.0
+    again: float = 3.0
+    hidden: float = 6.0
+    rows: float = 14.0
+    inner: float = 6.0
     weights: float = 2.0
     vocabulary: float = 3.0
+
+
+SCRATCH = Scratch()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,11 +81,7 @@ class Sizes:
 def sizes_of(config: ExperimentConfig, mesh: Mapping[str, int]) -> Sizes:
     """Sizes on a mesh; see `Sizes`."""
     model = config.model
-    length = (
-        config.data.sequence_length  # type: ignore[union-attr]
-        if isinstance(model, LMConfig)
-        else (model.image_size // model.patch) ** 2 + model.prefix
-    )
+    length = length_of(config)
     routed = length if isinstance(model, LMConfig) else image_tokens(model)
     parts = mesh["data"] * mesh["fsdp"] * mesh["expert"]
     b = math.ceil(config.batch / config.accumulate / parts)
@@ -138,31 +139,96 @@ class Memory:
     @property
     def total(self) -> float:
         """All of it."""
-        return sum(dataclasses.astuple(self))
+        held = self.arguments + self.activations + self.gradients
+        return held + self.exchange + self.scratch
 
 
-def shard_bytes(tree: Tree, mesh: Mapping[str, int]) -> float:
-    """Bytes of a tree of abstract arrays on one device, by the rules of `emoe_jax.sharding`."""
-    total = 0.0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        parts = math.prod(mesh[axis] for axis in spec(path, len(leaf.shape)) if axis)
-        total += math.prod(leaf.shape) * leaf.dtype.itemsize / parts
-    return total
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """What the model's parameters come to, by part: enough to size them on any mesh.
+
+    Attributes:
+        parts: "experts", "blocks" (all else in them), "vocabulary" (embedding and head) and "rest",
+            each as bytes in float32 by the mesh axes that split them.
+        count: of all numbers.
+        active: that one token passes, see `train.flops`.
+        per_unit: model FLOPs of a token or an image, see `train.flops`.
+        common: for each mesh axis the greatest common divisor of the dimensions that it splits.
+    """
+
+    parts: Mapping[str, Mapping[tuple[str, ...], float]]
+    count: int
+    active: int
+    per_unit: float
+    common: Mapping[str, int]
+
+    def held(self, mesh: Mapping[str, int], *names: str) -> float:
+        """Bytes of parts, or of all, on one device."""
+        return sum(
+            size / math.prod(mesh[axis] for axis in axes)
+            for name in names or self.parts
+            for axes, size in self.parts[name].items()
+        )
+
+
+def weigh(config: ExperimentConfig) -> Weights:
+    """The parameters of a configuration, from its abstract tree and the rules of sharding."""
+    model = config.model
+    _, params, _ = pure.abstract_split(model_maker(model, config.seed))
+    parts: dict[str, dict[tuple[str, ...], float]] = {
+        name: {} for name in ("experts", "blocks", "vocabulary", "rest")
+    }
+    common = dict.fromkeys(AXES, 0)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        where = spec(path, len(leaf.shape))
+        for size, axis in zip(leaf.shape, where, strict=False):
+            if axis is not None:
+                common[axis] = math.gcd(common[axis], size)
+        axes = tuple(axis for axis in where if axis is not None)
+        part = parts[_part([str(getattr(key, "key", key)) for key in path])]
+        part[axes] = part.get(axes, 0.0) + float(math.prod(leaf.shape) * leaf.dtype.itemsize)
+    per_unit = flops_per_unit(model, params, length_of(config))
+    return Weights(
+        parts=parts,
+        count=sum(leaf.size for leaf in jax.tree.leaves(params)),
+        active=active_parameters(model, params),
+        per_unit=per_unit,
+        common={axis: size or 1 for axis, size in common.items()},
+    )
+
+
+def _part(names: list[str]) -> str:
+    if names[0] in ("embedding", "head"):
+        return "vocabulary"
+    if names[0] != "blocks":
+        return "rest"
+    return "experts" if "experts" in names else "blocks"
+
+
+def length_of(config: ExperimentConfig) -> int:
+    """S: positions of a sequence, or tokens of an image."""
+    if isinstance(config.data, TextConfig):
+        return config.data.sequence_length
+    assert isinstance(config.model, ViTConfig)
+    return (config.model.image_size // config.model.patch) ** 2 + config.model.prefix
 
 
 def predict(
-    config: ExperimentConfig, params: Tree, mesh: Mapping[str, int], scratch: Scratch = Scratch()
+    config: ExperimentConfig,
+    weights: Weights,
+    mesh: Mapping[str, int],
+    scratch: Scratch = Scratch(),
 ) -> Memory:
     """Memory by formula.
 
     Args:
         config: the experiment, of a text or vision model.
-        params: abstract parameters.
-        mesh: sizes of its axes.
+        weights: its parameters.
+        mesh: sizes of the mesh axes.
         scratch: see there.
     """
     sizes = sizes_of(config, mesh)
-    held = shard_bytes(params, mesh)
+    held = weights.held(mesh)
     batch = 4.0 * 4 * sizes.tokens * config.accumulate
     kept = kept_bytes(config, sizes)
     buffers = exchange_bytes(config, sizes)
@@ -173,7 +239,7 @@ def predict(
         optimizer=2 * held,
         other=batch,
         activations=kept,
-        gradients=_gradient_bytes(config, params, mesh, scratch),
+        gradients=_gradient_bytes(config, weights, mesh, scratch),
         exchange=buffers,
         # Buffers and attention take the same room one after the other.
         scratch=max(attention, experts) - buffers,
@@ -196,7 +262,9 @@ def kept_bytes(config: ExperimentConfig, sizes: Sizes) -> float:
         total += block + heads + t * D * c
         if experts:
             total += t * model.moe.experts * 4
-            total += (t * (2 * model.moe.shared_hidden / tp + D) * c) if model.moe.shared_hidden else 0
+            total += (
+                (t * (2 * model.moe.shared_hidden / tp + D) * c) if model.moe.shared_hidden else 0
+            )
         else:
             total += t * (2 * model.mlp_hidden / tp + D) * c
         if model.remat == "none":
@@ -224,7 +292,8 @@ def exchange_bytes(config: ExperimentConfig, sizes: Sizes) -> float:
 
 def _attention_scratch(config: ExperimentConfig, sizes: Sizes, scratch: Scratch) -> float:
     hidden = scratch.hidden * sizes.tokens * sizes.width * 4
-    return scratch.scores * _scores(config, sizes) + hidden
+    alive = scratch.again if config.model.remat == "full" else scratch.scores
+    return alive * _scores(config, sizes) + hidden
 
 
 def _expert_scratch(config: ExperimentConfig, sizes: Sizes, scratch: Scratch) -> float:
@@ -240,14 +309,14 @@ def _expert_scratch(config: ExperimentConfig, sizes: Sizes, scratch: Scratch) ->
 
 
 def _gradient_bytes(
-    config: ExperimentConfig, params: Tree, mesh: Mapping[str, int], scratch: Scratch
+    config: ExperimentConfig, weights: Weights, mesh: Mapping[str, int], scratch: Scratch
 ) -> float:
     """Gradients as the optimizer takes them, twice where microbatches are summed."""
-    blocks = shard_bytes(params["blocks"], mesh)
+    blocks = weights.held(mesh, "blocks", "experts")
     times = 2 if config.accumulate > 1 else 1
     model = config.model
     if isinstance(model, ViTConfig):
-        return times * shard_bytes(params, mesh)
+        return times * weights.held(mesh)
     whole = 4.0 * model.vocab_size * model.width / mesh["tensor"]
     c = jnp.dtype(model.dtype).itemsize
     copies = 2 - model.tie_head

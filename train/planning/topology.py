@@ -94,8 +94,9 @@ def parse(name: str) -> Topology:
     chip = CHIPS[kind]
     dims = {"tpu": chip.dims, "gpu": 2, "cpu": 1}[chip.platform]
     require(
-        re.fullmatch(r"[1-9]\d*(x[1-9]\d*){%d}" % (dims - 1), sizes) is not None,
-        f"--topology={name}: {kind} needs {dims} number(s) behind the colon, as in {EXAMPLES[kind]}",
+        re.fullmatch("x".join([r"[1-9]\d*"] * dims), sizes) is not None,
+        f"--topology={name}: {kind} needs {dims} number(s) behind the colon, as in"
+        f" {EXAMPLES[kind]}",
     )
     topology = Topology(chip, tuple(int(size) for size in sizes.split("x")))
     require(
@@ -103,8 +104,9 @@ def parse(name: str) -> Topology:
         f"--topology={name}: a node has at most {chip.node} GPUs, as in {EXAMPLES[kind]}",
     )
     require(
-        chip.dims == 0 or math.prod(topology.shape) == 1 or topology.shape[0] % 2 == 0
-        and topology.shape[1] % 2 == 0,
+        chip.dims == 0
+        or math.prod(topology.shape) == 1
+        or (topology.shape[0] % 2 == 0 and topology.shape[1] % 2 == 0),
         f"--topology={name}: a host of {kind} has 2x2 chips, so the first two numbers must be even",
     )
     return topology

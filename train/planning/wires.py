@@ -8,6 +8,7 @@ half each way where both are as long. Rings go over all dimensions of a group at
 from __future__ import annotations
 
 import functools
+import itertools
 
 import numpy as np
 
@@ -38,7 +39,7 @@ def ring_rate(topology: Topology, mesh: MeshConfig, axes: Axes) -> float:
         there = sorted(set(group[:, dim].tolist()))
         if len(there) == 1:
             continue
-        stride = min(b - a for a, b in zip(there, there[1:], strict=False))
+        stride = min(b - a for a, b in itertools.pairwise(there))
         closes = topology.wraps[dim] and len(there) * stride == size
         total += chip.link * (2 if closes else 1) / stride
     # Two devices on one chip share its links, and what they tell each other needs none.
@@ -80,7 +81,7 @@ def _sharing(topology: Topology, group: np.ndarray) -> float:
     for dim in range(len(topology.shape)):
         there = sorted(set(group[:, dim].tolist()))
         if len(there) > 1:
-            worst = max(worst, min(b - a for a, b in zip(there, there[1:], strict=False)))
+            worst = max(worst, min(b - a for a, b in itertools.pairwise(there)))
     return float(worst)
 
 
@@ -102,7 +103,10 @@ def _load(topology: Topology, groups: np.ndarray) -> float:
         else:
             behind = (size - ahead) % size
             even = ahead == behind
-            hops = {1: np.where(ahead <= behind, ahead, 0), -1: np.where(behind <= ahead, behind, 0)}
+            hops = {
+                1: np.where(ahead <= behind, ahead, 0),
+                -1: np.where(behind <= ahead, behind, 0),
+            }
             weights = dict.fromkeys((1, -1), np.where(even, 0.5, 1.0))
         for way in (1, -1):
             links = np.zeros(shape)
