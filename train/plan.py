@@ -26,7 +26,7 @@ from train import cli, tables
 from train.config import freeze
 from train.planning import modes, topology
 from train.planning.calibrate import read_rates
-from train.planning.cost import Rates
+from train.planning.cost import PEAK
 from train.planning.program import planned
 
 MODES = ("search", "curve", "calibrate", "validate")
@@ -40,11 +40,8 @@ def main(argv: list[str]) -> None:
     place = topology.parse(args.topology)
     _start(place)
     config = planned(freeze(args.config), place.chip.platform, place.devices)
-    rates = (
-        read_rates(pathlib.Path(args.rates))
-        if args.rates and "calibrate" not in chosen
-        else Rates()
-    )
+    given = args.rates and "calibrate" not in chosen
+    rates = read_rates(pathlib.Path(args.rates)) if given else PEAK
     keep = pathlib.Path(args.keep) if args.keep else None
     asked = modes.Asked(config, place, rates, args.max_vio, keep, args.model_only, args.whole)
     if "search" in chosen:
@@ -87,18 +84,14 @@ if __name__ == "__main__":
     )
     flags.DEFINE_string("json", "", "File to write the tables to.")
     flags.DEFINE_string("png", "", "File to draw the plan to.")
-    flags.DEFINE_string(
-        "keep", "", "Folder in which what the compiler told is kept, and found again."
-    )
-    flags.DEFINE_string("rates", "", "File of fitted rates; --calibrate writes it, others read it.")
+    flags.DEFINE_string("keep", "", "Folder that keeps what the compiler told.")
+    flags.DEFINE_string("rates", "", "File of fitted rates, which --calibrate writes.")
     flags.DEFINE_string("workdir", "", "Folder of a measured run, for --calibrate.")
-    flags.DEFINE_float(
-        "max_vio", 0.0, "MaxVio of the router: fullest expert over the mean, less 1."
-    )
+    flags.DEFINE_float("max_vio", 0.0, "MaxVio of the router: fullest expert / mean - 1.")
     flags.DEFINE_integer("best", 3, "How many of a search are compiled.", lower_bound=0)
-    flags.DEFINE_integer("rounds", 5, "Steps of each configuration, for --validate.", lower_bound=1)
+    flags.DEFINE_integer("rounds", 5, "Steps of each, for --validate.", lower_bound=1)
     flags.DEFINE_bool("model_only", False, "Formulas alone: compile nothing.")
-    flags.DEFINE_bool("whole", False, "Compile to machine code, for the compiler's count of FLOPs.")
+    flags.DEFINE_bool("whole", False, "Compile to the end, for the count of FLOPs.")
     for mode in MODES:
         flags.DEFINE_bool(mode, False, f"See the top: --{mode}.")
     flags.mark_flag_as_required("config")

@@ -69,7 +69,13 @@ def fit(measured: Sequence[Measured]) -> Rates:
     seconds = np.array([each.seconds for each in measured])
     weights, _ = nnls(terms / seconds[:, None], np.ones(len(seconds)))
     products, memory, links, latency = (float(weight) for weight in weights)
-    return Rates(*(1 / max(weight, 1e-9) for weight in (products, memory, links)), latency=latency)
+    least = 1e-9
+    return Rates(
+        products=1 / max(products, least),
+        memory=1 / max(memory, least),
+        links=1 / max(links, least),
+        latency=latency,
+    )
 
 
 def projected(cost: Cost, rates: Rates) -> float:
@@ -204,7 +210,9 @@ def measured_steps(workdir: pathlib.Path, unit: str) -> tuple[float, float]:
 def scaled(rates: Rates, factor: float) -> Rates:
     """Rates with every time multiplied by a factor: what one measured run can tell."""
     return Rates(
-        *(getattr(rates, name) / factor for name in ("products", "memory", "links")),
+        products=rates.products / factor,
+        memory=rates.memory / factor,
+        links=rates.links / factor,
         latency=rates.latency * factor,
         fixed=rates.fixed * factor,
     )
@@ -216,8 +224,8 @@ def split(
     """Configurations to be ranked, and others on which rates are fitted.
 
     Ranked is the configuration on all meshes of the topology's devices that divide it and its
-    batch, at most `MESHES`, evenly picked. Fitted is on half the batch and twice the experts' width,
-    on every other of them and with the rest's remat: no configuration is both.
+    batch, at most `MESHES`, evenly picked. Fitted is on half the batch and twice the experts'
+    hidden width, on every other of these meshes: no configuration is both.
     """
     all_meshes = meshes(weigh(config), topology.devices)
     legal = [

@@ -66,7 +66,14 @@ CHIPS = {
             source=_TPU + "v4; link: arXiv 2304.01433, table 4",
         ),
         Chip(
-            "v5e", 197e12, 16 * GB, 819 * GB, 50 * GB, 2, 16, source=_TPU + "v5e: 400 GB/s, 4 ports"
+            "v5e",
+            197e12,
+            16 * GIB,
+            819 * GB,
+            50 * GB,
+            2,
+            16,
+            source=_TPU + "v5e: 400 GB/s, 4 ports",
         ),
         Chip(
             "v5p",
@@ -81,7 +88,7 @@ CHIPS = {
         Chip(
             "v6e",
             918e12,
-            32 * GB,
+            32 * GIB,
             1638 * GB,
             100 * GB,
             2,

@@ -20,8 +20,9 @@ from typing import Any
 import jax
 
 from train.config import ExperimentConfig
+from train.planning.memory import predict, weigh
 from train.planning.program import lower_step
-from train.planning.topology import Topology
+from train.planning.topology import Topology, abstract_shape
 
 SCHEDULE = "*train_step*.after_optimizations_after_buffer_assignment.txt"
 BUFFERS = "*train_step*.after_optimizations-buffer-assignment.txt"
@@ -84,17 +85,18 @@ def compile_step(
     folder = None if keep is None else keep / name
     if folder is not None and (folder / "compiled.json").is_file():
         return _read(folder)
+    held = predict(config, weigh(config), abstract_shape(topology, config.mesh)).arguments
     if topology.chip.platform == "cpu" or whole:
         with tempfile.TemporaryDirectory() as dump:
-            done = _compile(lowered, pathlib.Path(dump))
+            done = _compile(lowered, pathlib.Path(dump), held)
     else:
-        done = _apart(config, topology)
+        done = _apart(config, topology, held)
     if folder is not None:
         _write(folder, done)
     return done
 
 
-def _compile(lowered: Any, dump: pathlib.Path) -> Compiled:
+def _compile(lowered: Any, dump: pathlib.Path, held: float) -> Compiled:
     """A whole compile in this process."""
     began = time.perf_counter()
     # Programs with asynchronous collectives of libtpu cannot be printed by jaxlib, hence the dump.
@@ -102,7 +104,7 @@ def _compile(lowered: Any, dump: pathlib.Path) -> Compiled:
     try:
         done = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
-        return too_large(str(error), dump, time.perf_counter() - began)
+        return too_large(str(error), dump, time.perf_counter() - began, held)
     memory, cost = done.memory_analysis(), done.cost_analysis() or {}
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Compiled(
@@ -125,7 +127,7 @@ def _in_child(config: ExperimentConfig, topology: Topology, dump: str) -> None:
         (pathlib.Path(dump) / "error").write_text(str(error), encoding="utf-8")
 
 
-def _apart(config: ExperimentConfig, topology: Topology) -> Compiled:
+def _apart(config: ExperimentConfig, topology: Topology, held: float) -> Compiled:
     """A compile that ends when buffers are assigned."""
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -143,7 +145,7 @@ def _apart(config: ExperimentConfig, topology: Topology) -> Compiled:
         seconds = time.perf_counter() - began
         error = dump / "error"
         if error.is_file():
-            return too_large(error.read_text(encoding="utf-8"), dump, seconds)
+            return too_large(error.read_text(encoding="utf-8"), dump, seconds, held)
         arguments, temporary = buffer_sizes(_text(dump, BUFFERS))
         return Compiled(arguments, temporary, seconds, _text(dump, SCHEDULE))
 
@@ -173,20 +175,29 @@ def buffer_sizes(text: str) -> tuple[float, float]:
     return arguments, temporary
 
 
-def too_large(message: str, dump: pathlib.Path, seconds: float) -> Compiled:
+def too_large(message: str, dump: pathlib.Path, seconds: float, held: float) -> Compiled:
     """What an "out of memory" of the compiler says.
+
+    Args:
+        message: of the error.
+        dump: what was written before it.
+        seconds: that it took.
+        held: bytes of state and batch on a device, which the message leaves out.
 
     Raises:
         RuntimeError: the compiler failed for another reason.
     """
-    found = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
+    number = r"\(?([\d.]+)([KMGT]?)\)?"
+    temporaries = re.search(rf"HLO temporaries {number} exceeds available HBM {number}", message)
+    used = re.search(rf"Used {number} of {number} hbm", message)
+    found = temporaries or used
     if found is None:
         raise RuntimeError(message)
-    used = float(found[1]) * _UNITS[found[2]]
-    arguments = re.search(r"arguments\s+([\d.]+)([KMGT]?)", message)
-    held = float(arguments[1]) * _UNITS[arguments[2]] if arguments else 0.0
+    needed = float(found[1]) * _UNITS[found[2]]
     limit = float(found[3]) * _UNITS[found[4]]
-    return Compiled(held, used - held, seconds, _text(dump, SCHEDULE), limit=limit)
+    # The one message counts the state, the other does not.
+    temporary = needed if temporaries else needed - held
+    return Compiled(held, temporary, seconds, _text(dump, SCHEDULE), limit=limit)
 
 
 def _text(dump: pathlib.Path, pattern: str) -> str:

@@ -207,11 +207,10 @@ def _collective(
     )
     devices = max(len(group), 1)
     size = array_bytes(each.shape)
-    if each.kind.endswith("-start") and each.shape.startswith("("):
-        # A start gives its operand and its result; the result is what is received.
-        size = array_bytes(each.shape.split("), ")[-1] if "), " in each.shape else each.shape) / (
-            2 if kind in ("all-reduce", "all-to-all", "collective-permute") else 1
-        )
+    if each.kind != kind and kind != "all-reduce":
+        # Such a start gives operands, then results, then scalars of its own.
+        arrays = [found[0] for found in _ARRAY.finditer(each.shape) if not found[0].endswith("[]")]
+        size = sum(array_bytes(array) for array in arrays[len(arrays) // 2 :])
     return Collective(
         kind,
         axes,

@@ -129,8 +129,8 @@ def _refusal(
         state = (judged.memory.parameters + judged.memory.optimizer) * place.devices
         return (
             f"{text}, and no mesh, microbatch, remat, exchange or buffer makes it fit by the model;"
-            f" take more devices: parameters and optimizer alone are {state / 1e12:.2f} TB on this mesh,"
-            f" and {place.name} has {place.devices * place.chip.memory / 1e12:.2f} TB"
+            f" take more devices: parameters and optimizer alone are {state / 1e12:.2f} TB on this"
+            f" mesh, and {place.name} has {place.devices * place.chip.memory / 1e12:.2f} TB"
         )
     keys, way = best
     change = " ".join(f"--config.{key}={value}" for key, value in keys.items())

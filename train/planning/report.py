@@ -86,30 +86,24 @@ def memory_rows(memory: Memory, compiled: Compiled | None) -> list[Row]:
 def flow_rows(judged: Candidate, found: list[hlo.Collective] | None, rates: Rates) -> list[Row]:
     """Collectives by purpose and axes: the formula's bytes and the schedule's, and their time."""
     merged: dict[tuple[str, str], Row] = {}
+
+    def row_of(purpose: str, axes: tuple[str, ...]) -> Row:
+        name = "+".join(axes)
+        return merged.setdefault((purpose, name), {"purpose": purpose, "axes": name})
+
     for flow in judged.cost.flows:
-        row = merged.setdefault(
-            (flow.purpose, "+".join(flow.axes)),
-            {
-                "purpose": flow.purpose,
-                "axes": "+".join(flow.axes),
-                "formula_GB": 0.0,
-                "seconds": 0.0,
-            },
-        )
-        row["formula_GB"] += flow.received / 1e9
-        row["seconds"] += flow.seconds / rates.links + flow.count * rates.latency
+        row = row_of(flow.purpose, flow.axes)
+        took = flow.seconds / rates.links + flow.count * rates.latency
+        row["formula_GB"] = row.get("formula_GB", 0.0) + flow.received / 1e9
+        row["projected_seconds"] = row.get("projected_seconds", 0.0) + took
     for each in found or ():
-        row = merged.setdefault(
-            (each.purpose, "+".join(each.axes)),
-            {"purpose": each.purpose, "axes": "+".join(each.axes)},
-        )
-        row["scheduled_GB"] = row.get("scheduled_GB", 0.0) + each.times * each.received / 1e9
+        row, moved = row_of(each.purpose, each.axes), each.times * each.received / 1e9
+        row["scheduled_GB"] = row.get("scheduled_GB", 0.0) + moved
+        row["hidden_GB"] = row.get("hidden_GB", 0.0) + each.hidden * moved
         row["times"] = row.get("times", 0) + each.times
-        row["hidden_GB"] = (
-            row.get("hidden_GB", 0.0) + each.hidden * each.times * each.received / 1e9
-        )
     return sorted(
-        merged.values(), key=lambda row: -max(row.get("formula_GB", 0), row.get("scheduled_GB", 0))
+        merged.values(),
+        key=lambda row: -max(row.get("formula_GB", 0.0), row.get("scheduled_GB", 0.0)),
     )
 
 
@@ -160,7 +154,12 @@ def operation_rows(
         },
     ]
     if counted:
-        rows.append({"count": "products of the traced program", "a_step": counted.total})
+        rows.append(
+            {
+                "count": "products of the traced program, empty slots included",
+                "a_step": counted.total,
+            }
+        )
     if counted and compiled and compiled.flops:
         ratio = counted.total / counted.once
         rows.append(
