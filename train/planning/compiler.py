@@ -21,7 +21,7 @@ import jax
 
 from train.config import ExperimentConfig
 from train.planning.memory import predict, weigh
-from train.planning.program import lower_step
+from train.planning.program import step_on
 from train.planning.topology import Topology, abstract_shape
 
 SCHEDULE = "*train_step*.after_optimizations_after_buffer_assignment.txt"
@@ -63,22 +63,27 @@ class Compiled:
 
 
 def compile_step(
-    config: ExperimentConfig, topology: Topology, *, keep: pathlib.Path | None, whole: bool = False
+    traced: Any,
+    config: ExperimentConfig,
+    topology: Topology,
+    *,
+    keep: pathlib.Path | None,
+    whole: bool = False,
 ) -> Compiled:
     """Compiles the training step of a configuration.
 
     Args:
+        traced: the step, from `program.step_on`.
         config: the experiment, from `program.planned`.
-        topology: devices, for which there is a compiler.
+        topology: its devices.
         keep: folder in which what the compiler told is kept; a program that is there already is
             not compiled again. None keeps nothing.
         whole: whether machine code is made too, without which there is no `flops`.
 
     Raises:
-        ValueError: the mesh does not divide the model or the batch, or there is no compiler.
         RuntimeError: the compiler failed.
     """
-    lowered = lower_step(config, topology)
+    lowered = traced.lower()
     name = hashlib.sha256((topology.name + str(whole) + lowered.as_text()).encode()).hexdigest()[
         :16
     ]
@@ -122,7 +127,7 @@ def _in_child(config: ExperimentConfig, topology: Topology, dump: str) -> None:
     jax.config.update("jax_platforms", "cpu")
     options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
     try:
-        lower_step(config, topology).compile(compiler_options=options)
+        step_on(config, topology).lower().compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         (pathlib.Path(dump) / "error").write_text(str(error), encoding="utf-8")
 

@@ -38,6 +38,8 @@ def scaling(config: ExperimentConfig, topology: Topology, rates: Rates) -> list[
     batch is. On each slice the model's best way with expert parallelism is taken; imbalance is then
     judged on that way, whose buffers stay as they are, and with buffers that hold it.
     """
+    # Into how many streams the data are dealt has no part in a step, but must divide the batch.
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, shards=1))
     share = max(config.batch // topology.devices, 1)
     rows: list[Row] = []
     for place in slices(topology):

@@ -260,10 +260,12 @@ def _group(rest: str, mesh: Mapping[str, int]) -> np.ndarray:
 
 
 def _purpose(each: Instruction, kind: str, axes: tuple[str, ...], size: float) -> str:
+    if "expert" in axes and "all-to-all" in kind:
+        return "exchange"
     if size < SMALL:
         return "statistics"
     scope = each.scope
-    if "expert" in axes and ("exchange" in scope or "return" in scope or "all-to-all" in kind):
+    if "expert" in axes and ("exchange" in scope or "return" in scope):
         return "exchange"
     if axes == ("tensor",):
         return "tensor"

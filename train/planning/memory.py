@@ -12,6 +12,7 @@ has the comparison with `memory_analysis()`, which is what counts.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 
@@ -173,8 +174,12 @@ class Weights:
 
 def weigh(config: ExperimentConfig) -> Weights:
     """The parameters of a configuration, from its abstract tree and the rules of sharding."""
-    model = config.model
-    _, params, _ = pure.abstract_split(model_maker(model, config.seed))
+    return _weigh(config.model, length_of(config))
+
+
+@functools.lru_cache(maxsize=16)
+def _weigh(model: LMConfig | ViTConfig, length: int) -> Weights:
+    _, params, _ = pure.abstract_split(model_maker(model, 0))
     parts: dict[str, dict[tuple[str, ...], float]] = {
         name: {} for name in ("experts", "blocks", "vocabulary", "rest")
     }
@@ -187,12 +192,11 @@ def weigh(config: ExperimentConfig) -> Weights:
         axes = tuple(axis for axis in where if axis is not None)
         part = parts[_part([str(getattr(key, "key", key)) for key in path])]
         part[axes] = part.get(axes, 0.0) + float(math.prod(leaf.shape) * leaf.dtype.itemsize)
-    per_unit = flops_per_unit(model, params, length_of(config))
     return Weights(
         parts=parts,
         count=sum(leaf.size for leaf in jax.tree.leaves(params)),
         active=active_parameters(model, params),
-        per_unit=per_unit,
+        per_unit=flops_per_unit(model, params, length),
         common={axis: size or 1 for axis, size in common.items()},
     )
 

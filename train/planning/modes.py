@@ -16,10 +16,10 @@ from train.planning import calibrate, curve, figures, hlo, operations, report
 from train.planning.compiler import Compiled, compile_step
 from train.planning.cost import Rates
 from train.planning.memory import weigh
-from train.planning.program import planned, trace_step
+from train.planning.program import planned, step_on
 from train.planning.search import Candidate, judge, search, smallest_change
-from train.planning.topology import Topology, abstract_shape, mesh_on
-from train.run import CONFIG_FILE, make_program, read_config
+from train.planning.topology import Topology, abstract_shape
+from train.run import CONFIG_FILE, read_config
 
 Row = dict[str, Any]
 
@@ -82,10 +82,10 @@ def plan(asked: Asked) -> Found:
     judged = judge(config, weights, place, asked.rates, asked.max_vio)
     compiled, found, counted = None, None, None
     if not asked.model_only:
-        compiled = compile_step(config, place, keep=asked.keep, whole=asked.whole)
+        traced = step_on(config, place)
+        compiled = compile_step(traced, config, place, keep=asked.keep, whole=asked.whole)
         found = hlo.collectives(compiled.schedule, mesh)
-        on = mesh_on(place, config.mesh)
-        counted = operations.products(trace_step(config, make_program(config, on), on).jaxpr)
+        counted = operations.products(traced.jaxpr)
     hidden = report.hidden_share(found or [])
     memory = report.memory_rows(judged.memory, compiled)
     times = report.time_rows(judged, asked.rates)
@@ -142,23 +142,25 @@ def _refusal(
 
 def search_plan(asked: Asked, best: int) -> Found:
     """Every way on a topology, ranked; the best compiled."""
-    ways = search(asked.config, asked.topology, asked.rates, asked.max_vio)
+    place = asked.topology
+    ways = search(asked.config, place, asked.rates, asked.max_vio)
     require(
         bool(ways),
-        f"nothing fits {asked.topology.name} by the model; take more devices, or a smaller model",
+        f"nothing fits {place.name} by the model; take more devices, or a smaller model",
     )
     rows = []
     compiled = 0
-    for place, way in enumerate(ways[:20]):
-        row: Row = {"rank": place + 1, **_short(way), "formula_GB": way.memory.total / 1e9}
+    for number, way in enumerate(ways[:20]):
+        row: Row = {"rank": number + 1, **_short(way), "formula_GB": way.memory.total / 1e9}
         row |= {"projected_s": way.seconds, "projected_mfu": way.cost.mfu(way.seconds)}
         row["bound_by"] = way.cost.bound(asked.rates)
         if compiled < best and not asked.model_only:
-            done = compile_step(way.config, asked.topology, keep=asked.keep, whole=asked.whole)
+            traced = step_on(way.config, place)
+            done = compile_step(traced, way.config, place, keep=asked.keep, whole=asked.whole)
             row |= {"compiled_GB": done.total / 1e9, "fits": report.fits(way, done)}
             compiled += row["fits"]
         rows.append(row)
-    title = f"Best ways on {asked.topology.name} of {len(ways)} that fit by the model (projected)"
+    title = f"Best ways on {place.name} of {len(ways)} that fit by the model (projected)"
     return Found({title: rows}, [PROJECTED])
 
 

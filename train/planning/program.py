@@ -75,11 +75,11 @@ def trace_step(config: ExperimentConfig, program: Program, mesh: Mesh) -> Any:
     return step.trace(program.abstract, abstract_batch(config, mesh), key)
 
 
-def lower_step(config: ExperimentConfig, topology: Topology) -> Any:
-    """The step of a configuration that `planned` gave, lowered for a topology's devices.
+def step_on(config: ExperimentConfig, topology: Topology) -> Any:
+    """The step of a configuration that `planned` gave, traced for a topology's devices.
 
     Raises:
-        ValueError: the mesh does not divide the model or the batch.
+        ValueError: the mesh does not divide the model or the batch, or there is no compiler.
     """
     mesh = mesh_on(topology, config.mesh)
-    return trace_step(config, make_program(config, mesh), mesh).lower()
+    return trace_step(config, make_program(config, mesh), mesh)

@@ -8,7 +8,7 @@ from tests.train.planning.shapes import small
 from train.planning import hlo
 from train.planning.compiler import buffer_sizes, compile_step, too_large
 from train.planning.memory import predict, weigh
-from train.planning.program import planned
+from train.planning.program import planned, step_on
 from train.planning.topology import abstract_shape, parse
 
 CPU = parse("cpu:8")
@@ -50,9 +50,10 @@ def test_other_errors_are_not_taken_for_it():
         too_large("INTERNAL: a bug", pathlib.Path("nowhere"), 1.0, held=0.0)
 
 
-def test_a_step_compiles_for_this_machine_and_is_kept(tmp_path):
+def test_a_step_compiles_for_this_machine_and_is_kept(kept):
     config = planned(small({"data": 2, "expert": 4}), "cpu", 8)
-    compiled = compile_step(config, CPU, keep=tmp_path)
+    traced = step_on(config, CPU)
+    compiled = compile_step(traced, config, CPU, keep=kept)
     mesh = abstract_shape(CPU, config.mesh)
     memory = predict(config, weigh(config), mesh)
     # What lives through the step is exact, but for counters, rows and router state.
@@ -65,12 +66,12 @@ def test_a_step_compiles_for_this_machine_and_is_kept(tmp_path):
         if each.purpose == "exchange" and each.times
     ]
     assert {each.axes for each in exchanges} == {("expert",)}
-    (kept,) = tmp_path.iterdir()
-    written = (kept / "compiled.json").stat().st_mtime_ns
-    assert compile_step(config, CPU, keep=tmp_path) == compiled
-    assert (kept / "compiled.json").stat().st_mtime_ns == written
+    (file,) = kept.glob("*/compiled.json")
+    written = file.stat().st_mtime_ns
+    assert compile_step(traced, config, CPU, keep=kept) == compiled
+    assert file.stat().st_mtime_ns == written
 
 
 def test_a_mesh_that_divides_nothing_is_refused_before_any_compile():
     with pytest.raises(ValueError, match="multiple of 32"):
-        compile_step(planned(small({"data": 8}, accumulate=4), "cpu", 8), CPU, keep=None)
+        step_on(planned(small({"data": 8}, accumulate=4), "cpu", 8), CPU)

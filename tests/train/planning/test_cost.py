@@ -10,9 +10,8 @@ from train.collectives import collectives, received
 from train.planning.cost import PEAK, Rates, predict
 from train.planning.memory import weigh
 from train.planning.operations import products
-from train.planning.program import planned, trace_step
-from train.planning.topology import mesh_on, parse
-from train.run import make_program
+from train.planning.program import planned, step_on
+from train.planning.topology import parse
 
 CPU = parse("cpu:8")
 T = 16 * S
@@ -49,8 +48,7 @@ def test_the_formula_counts_what_the_traced_program_does(remat):
     """Products, and the exchange's bytes; without room to spare, no slot is empty."""
     config = small({"data": 2, "expert": 4}, model={"remat": remat}, moe={"buffer_factor": 1.0})
     config = planned(config, "tpu", 8)
-    mesh = mesh_on(CPU, config.mesh)
-    traced = trace_step(config, make_program(config, mesh), mesh).jaxpr
+    traced = step_on(config, CPU).jaxpr
     cost = cost_of(config)
     assert products(traced).total == pytest.approx(cost.products * 8, rel=1e-6)
     (flow,) = (flow for flow in cost.flows if flow.purpose == "exchange")

@@ -13,6 +13,7 @@ from train.planning import modes
 from train.planning.chips import CHIPS
 from train.planning.cost import PEAK
 from train.planning.curve import IMBALANCES
+from train.planning.program import planned
 from train.planning.topology import Topology, parse
 
 
@@ -27,8 +28,9 @@ def fact(found, name):
     return next(row["value"] for row in rows if row["fact"] == name)
 
 
-def test_a_plan_of_a_tiny_model_compiled_for_this_machine(tmp_path):
-    found = modes.plan(ask(small({"data": 2, "expert": 4}), model_only=False))
+def test_a_plan_of_a_tiny_model_compiled_for_this_machine(kept, tmp_path):
+    config = planned(small({"data": 2, "expert": 4}), "cpu", 8)
+    found = modes.plan(ask(config, keep=kept, model_only=False))
     assert fact(found, "fits") is True
     assert fact(found, "memory from") == "memory_analysis"
     assert found.refusal == ""

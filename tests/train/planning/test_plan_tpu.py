@@ -11,9 +11,8 @@ from train.planning import hlo, operations
 from train.planning.compiler import compile_step
 from train.planning.cost import predict as predict_cost
 from train.planning.memory import predict, weigh
-from train.planning.program import lower_step, planned, trace_step
-from train.planning.topology import abstract_shape, mesh_on, parse
-from train.run import make_program
+from train.planning.program import planned, step_on
+from train.planning.topology import abstract_shape, parse
 
 pytestmark = pytest.mark.soak
 
@@ -56,7 +55,7 @@ def case(name):
 @pytest.mark.parametrize("name", CASES)
 def test_memory_by_formula_is_within_a_tenth_of_the_compilers(name):
     place, config = parse("v5p:2x2x1"), case(name)
-    compiled = compile_step(config, place, keep=None)
+    compiled = compile_step(step_on(config, place), config, place, keep=None)
     memory = predict(config, weigh(config), abstract_shape(place, config.mesh))
     assert compiled.arguments == pytest.approx(memory.arguments, rel=0.01)
     assert memory.total == pytest.approx(compiled.total, rel=0.1)
@@ -64,21 +63,19 @@ def test_memory_by_formula_is_within_a_tenth_of_the_compilers(name):
 
 def test_a_whole_compile_says_what_the_buffer_assignment_says():
     place, config = parse("v5p:2x2x1"), case("dots")
-    early = compile_step(config, place, keep=None)
-    whole = compile_step(config, place, keep=None, whole=True)
+    early = compile_step(step_on(config, place), config, place, keep=None)
+    whole = compile_step(step_on(config, place), config, place, keep=None, whole=True)
     assert whole.analysis
     assert not early.analysis
     assert early.total == pytest.approx(whole.total, rel=0.001)
     # The compiler's count, loops once, against the traced program's.
-    mesh = mesh_on(place, config.mesh)
-    traced = trace_step(config, make_program(config, mesh), mesh).jaxpr
-    counted = operations.products(traced)
+    counted = operations.products(step_on(config, place).jaxpr)
     assert whole.flops * 4 == pytest.approx(counted.once, rel=0.2)
 
 
 def test_the_formula_moves_what_the_schedule_moves():
     place, config = parse("v5p:2x2x1"), case("microbatches")
-    compiled = compile_step(config, place, keep=None)
+    compiled = compile_step(step_on(config, place), config, place, keep=None)
     mesh = abstract_shape(place, config.mesh)
     config = dataclasses.replace(config, mesh=MeshConfig(**mesh))
     for purpose in ("exchange", "fsdp gather", "gradients"):
@@ -94,4 +91,4 @@ def test_the_formula_moves_what_the_schedule_moves():
 
 def test_a_topology_that_libtpu_does_not_have():
     with pytest.raises(ValueError, match="libtpu refuses it"):
-        lower_step(case("dots"), parse("v5p:2x6x1"))
+        step_on(case("dots"), parse("v5p:2x6x1"))

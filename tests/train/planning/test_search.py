@@ -22,9 +22,10 @@ def shrunk(memory):
 
 
 def test_meshes_of_four_devices():
-    # 4 = 2·2 over four axes: 4 ways to put 4 on one axis, 6 to put 2 on two. All divide.
+    # 4 = 2·2 over four axes: 4 ways to put 4 on one axis, 6 to put 2 on two; but the 258 words of
+    # the vocabulary are not 4 parts for `tensor`.
     found = meshes(weigh(small()), 4)
-    assert len(found) == len(set(found)) == 10
+    assert len(found) == len(set(found)) == 9
     assert all(math.prod(dataclasses.astuple(mesh)) == 4 for mesh in found)
 
 

@@ -19,7 +19,7 @@ def test_an_exchange_on_a_ring_of_eight():
 
 def test_an_exchange_on_a_line_of_four():
     # No ring: over the middle link to the right go the parts of 2 devices to 2.
-    slice_, mesh = parse("v6e:2x4"), MeshConfig(fsdp=2, expert=4)
+    slice_, mesh = parse("v6e:4x4"), MeshConfig(fsdp=4, expert=4)
     assert link_load(slice_, mesh) == 4
     assert exchange_rate(slice_, mesh) == LINK * 4 / 4
 
@@ -33,7 +33,7 @@ def test_a_cube_of_two_carries_more_than_a_ring():
     ("name", "mesh", "axis", "rate"),
     [
         ("v5p:8x8x8", MeshConfig(fsdp=8, expert=8), "expert", 2 * LINK),  # a ring: both ways
-        ("v6e:2x4", MeshConfig(fsdp=2, expert=4), "expert", LINK),  # a line: its ends have one link
+        ("v6e:4x4", MeshConfig(fsdp=4, expert=4), "expert", LINK),  # a line: its ends have one link
         ("v6e:16x16", MeshConfig(fsdp=256), "fsdp", 4 * LINK),  # two rings
         ("h100:8x4", MeshConfig(fsdp=4, expert=8), "expert", 450e9),  # within a node
         ("h100:8x4", MeshConfig(fsdp=4, expert=8), "fsdp", 50e9),  # one of each node
