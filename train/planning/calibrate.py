@@ -32,7 +32,7 @@ from train.run import make_program
 
 Row = dict[str, Any]
 
-MESHES = 12
+MESHES = 8
 """Most meshes that are ranked."""
 
 
@@ -114,7 +114,7 @@ class _Step:
         mesh = mesh_on(topology, config.mesh)
         program = make_program(config, mesh)
         self.compiled = trace_step(config, program, mesh).lower().compile()
-        self.state, self.key = program.init(), jax.random.key(config.seed)
+        self.state, self.key = _draw_state(program.abstract), jax.random.key(config.seed)
         self.batch = _draw(config, abstract_batch(config, mesh))
 
     def run(self) -> float:
@@ -123,6 +123,18 @@ class _Step:
         self.state, metrics = self.compiled(self.state, self.batch, self.key)
         jax.block_until_ready((self.state, metrics))
         return time.perf_counter() - began
+
+
+def _draw_state(abstract: Any) -> Any:
+    """A state of small random numbers, without compiling the program that would draw it."""
+    draw = np.random.default_rng(0)
+
+    def fill(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        zero = getattr(path[0], "key", None) != "params"
+        array = np.zeros(leaf.shape) if zero else draw.normal(0.0, 0.02, leaf.shape)
+        return jax.device_put(array.astype(leaf.dtype), leaf.sharding)
+
+    return jax.tree_util.tree_map_with_path(fill, abstract)
 
 
 def _draw(config: ExperimentConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Any:
@@ -225,7 +237,7 @@ def split(
 
     Ranked is the configuration on all meshes of the topology's devices that divide it and its
     batch, at most `MESHES`, evenly picked. Fitted is on half the batch and twice the experts'
-    hidden width, on every other of these meshes: no configuration is both.
+    hidden width, on the same meshes: no configuration is both.
     """
     all_meshes = meshes(weigh(config), topology.devices)
     legal = [
@@ -245,4 +257,4 @@ def split(
     other = dataclasses.replace(
         config, batch=config.batch // 2, model=dataclasses.replace(config.model, moe=moe)
     )
-    return ranked, [dataclasses.replace(other, mesh=mesh) for mesh in picked[::2]]
+    return ranked, [dataclasses.replace(other, mesh=mesh) for mesh in picked]

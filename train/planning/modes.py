@@ -200,8 +200,8 @@ def calibrate_plan(asked: Asked, workdir: pathlib.Path, file: str) -> Found:
 def validate_plan(asked: Asked, rounds: int) -> Found:
     """Orders meshes by projected time and by measured time, on the devices at hand.
 
-    Rates are fitted on twice the experts' hidden width and half the batch, on every other mesh of
-    those that are legal; ranked are all others, of the configuration as it is.
+    Rates are fitted on twice the experts' hidden width and half the batch; ranked is the
+    configuration as it is.
     """
     config, place = asked.config, asked.topology
     require(
