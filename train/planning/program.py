@@ -18,6 +18,7 @@ from emoe_jax.config import LMConfig
 from emoe_jax.layers import choose_attention
 from train.config import ExperimentConfig, with_vocab
 from train.data.config import BYTE_VOCABULARY, TextConfig
+from train.planning.memory import length_of
 from train.planning.topology import Topology, mesh_on
 from train.run import Program, make_program
 
@@ -32,9 +33,8 @@ def planned(config: ExperimentConfig, platform: str, devices: int) -> Experiment
     """
     model, data = config.model, config.data
     if model.attention == "auto":
-        length = data.sequence_length if isinstance(data, TextConfig) else 0
         dim = model.head_dim or model.width // model.heads
-        shape = (1, length, model.heads, dim)
+        shape = (1, length_of(config), model.heads, dim)
         kernel = choose_attention(shape, jnp.dtype(model.dtype), platform, devices)
         config = dataclasses.replace(config, model=dataclasses.replace(model, attention=kernel))
     if isinstance(data, TextConfig) and data.tokenizer == "bytes":

@@ -9,6 +9,8 @@ import pytest
 
 from emoe_jax.sharding import MeshConfig
 from tests.train.planning.shapes import small
+from tests.train.tiny import vit_tree
+from train.config import freeze
 from train.planning import modes
 from train.planning.chips import CHIPS
 from train.planning.cost import PEAK
@@ -66,6 +68,13 @@ def test_every_kind_of_chip_is_planned_by_the_model_alone(name):
     place = parse(name)
     config = dataclasses.replace(small(), batch=place.devices, mesh=MeshConfig(expert=4))
     assert 0 < fact(modes.plan(ask(config, name)), "projected MFU") < 1
+
+
+def test_images_are_planned_too():
+    config = planned(freeze(vit_tree(batch=16, mesh={"expert": 4})), "tpu", 16)
+    found = modes.plan(ask(config, "v5e:4x4"))
+    assert fact(found, "tokens or images a step") == 16
+    assert 0 < fact(found, "projected MFU") < 1
 
 
 def test_a_search_is_a_ranked_table():
