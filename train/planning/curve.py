@@ -35,8 +35,8 @@ def scaling(config: ExperimentConfig, topology: Topology, rates: Rates) -> list[
     """Projected step time, MFU and share of the exchange on each slice.
 
     Weak: the batch per device is that of the configuration on the given topology. Strong: the whole
-    batch is. On each slice the model's best way with expert parallelism is taken; imbalance is then
-    judged on that way, whose buffers stay as they are, and with buffers that hold it.
+    batch is. On each slice the best `data`, `fsdp` and microbatches by the model are taken, with as
+    many devices on `expert` as configured. Imbalance is judged on that way, buffers as they are.
     """
     # Into how many streams the data are dealt has no part in a step, but must divide the batch.
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, shards=1))
@@ -55,20 +55,18 @@ def _rows(config: ExperimentConfig, place: Topology, rates: Rates, kind: str) ->
     exchange = config.model.moe.exchange.replace("auto", "all_to_all")
 
     def kept(way: ExperimentConfig) -> bool:
-        moe = way.model.moe
-        plain = way.model.remat == remat and moe.exchange in (exchange, "auto")
-        return (
-            plain and moe.buffer_factor == config.model.moe.buffer_factor and way.mesh.tensor == 1
-        )
+        moe, mesh = way.model.moe, way.mesh
+        same = way.model.remat == remat and moe.exchange in (exchange, "auto")
+        same = same and moe.buffer_factor == config.model.moe.buffer_factor
+        return same and mesh.expert == config.mesh.expert and mesh.tensor == 1
 
     try:
         found = search(config, place, rates, keep=kept)
     except ValueError:  # the batch divides on no mesh of so many devices
         return []
-    spread = [way for way in found if way.config.mesh.expert > 1]
-    if not spread:
+    if not found:
         return []
-    best = spread[0]
+    best = found[0]
     weights, rows = weigh(config), []
     for max_vio in IMBALANCES:
         cost = predict(best.config, weights, place, max_vio)

@@ -85,7 +85,7 @@ def test_a_search_is_a_ranked_table():
 
 
 def test_imbalance_bends_the_curve(tmp_path):
-    found = modes.curve_plan(ask(small(), "cpu:8"))
+    found = modes.curve_plan(ask(small({"expert": 8}), "cpu:8"))
     (rows,) = found.tables.values()
     weak = [row for row in rows if row["kind"] == "weak" and row["devices"] == 8]
     assert [row["max_vio"] for row in weak] == list(IMBALANCES)
