@@ -27,8 +27,8 @@ from train.planning.topology import Topology, abstract_shape
 SCHEDULE = "*train_step*.after_optimizations_after_buffer_assignment.txt"
 BUFFERS = "*train_step*.after_optimizations-buffer-assignment.txt"
 
-POLL = 1.0
-"""Seconds between looks at what the compiler has written."""
+POLL = 2.0
+"""Seconds between looks at what the compiler writes: what did not grow between two is whole."""
 
 _UNITS = {"": 1.0, "K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
 
@@ -142,8 +142,13 @@ def _apart(config: ExperimentConfig, topology: Topology, held: float) -> Compile
         )
         process.start()
         try:
-            while process.is_alive() and not (_whole(dump, SCHEDULE) and _whole(dump, BUFFERS)):
+            before: list[int] = []
+            while process.is_alive():
                 process.join(POLL)
+                written = _written(dump)
+                if written == before and buffer_sizes(_text(dump, BUFFERS))[0] > 0.9 * held:
+                    break
+                before = written
         finally:
             process.kill()
             process.join()
@@ -152,14 +157,18 @@ def _apart(config: ExperimentConfig, topology: Topology, held: float) -> Compile
         if error.is_file():
             return too_large(error.read_text(encoding="utf-8"), dump, seconds, held)
         arguments, temporary = buffer_sizes(_text(dump, BUFFERS))
+        if arguments < 0.9 * held:
+            raise RuntimeError(
+                f"the compiler ended with code {process.exitcode} before it had assigned buffers;"
+                " what it said is above"
+            )
         return Compiled(arguments, temporary, seconds, _text(dump, SCHEDULE))
 
 
-def _whole(dump: pathlib.Path, pattern: str) -> bool:
-    """Whether a file of the dump is there and no longer grows."""
-    sizes = [file.stat().st_size for file in dump.glob(pattern)]
-    time.sleep(POLL / 4 if sizes else 0)
-    return any(sizes) and sizes == [file.stat().st_size for file in dump.glob(pattern)]
+def _written(dump: pathlib.Path) -> list[int]:
+    """Sizes of the two files; what is not there yet never equals itself."""
+    files = [next(dump.glob(pattern), None) for pattern in (SCHEDULE, BUFFERS)]
+    return [file.stat().st_size if file else -time.monotonic_ns() for file in files]
 
 
 def buffer_sizes(text: str) -> tuple[float, float]:

@@ -86,7 +86,7 @@ def test_the_formula_moves_what_the_schedule_moves():
         )
         flows = predict_cost(config, weigh(config), place).flows
         formula = sum(flow.received for flow in flows if flow.purpose == purpose)
-        assert formula == pytest.approx(scheduled, rel=0.15), purpose
+        assert formula == pytest.approx(scheduled, rel=0.2), purpose
 
 
 def test_a_topology_that_libtpu_does_not_have():
