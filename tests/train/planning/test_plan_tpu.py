@@ -42,19 +42,28 @@ CASES = {
         "data.sequence_length": 512,
         "batch": 32,
     },
-    "wide": {"mesh.fsdp": 2, "mesh.expert": 2, "model.width": 2048, "moe.hidden": 1024},
+    "tensor": {
+        "mesh.fsdp": 2,
+        "mesh.expert": 2,
+        "mesh.tensor": 2,
+        "model.remat": "full",
+        "data.sequence_length": 1024,
+        "batch": 64,
+    },
 }
 
 
 def case(name):
+    """A topology of as many chips as the mesh has, and the configuration on it."""
     tree = get_config()
     update(tree, SMALL | {"mesh.fsdp": 1, "mesh.expert": 1} | CASES[name])
-    return planned(freeze(tree), "tpu", 4)
+    place = parse("v5p:2x2x2" if name == "tensor" else "v5p:2x2x1")
+    return place, planned(freeze(tree), "tpu", place.devices)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_memory_by_formula_is_within_a_tenth_of_the_compilers(name):
-    place, config = parse("v5p:2x2x1"), case(name)
+    place, config = case(name)
     compiled = compile_step(step_on(config, place), config, place, keep=None)
     memory = predict(config, weigh(config), abstract_shape(place, config.mesh))
     assert compiled.arguments == pytest.approx(memory.arguments, rel=0.01)
@@ -62,7 +71,7 @@ def test_memory_by_formula_is_within_a_tenth_of_the_compilers(name):
 
 
 def test_a_whole_compile_says_what_the_buffer_assignment_says():
-    place, config = parse("v5p:2x2x1"), case("dots")
+    place, config = case("dots")
     early = compile_step(step_on(config, place), config, place, keep=None)
     whole = compile_step(step_on(config, place), config, place, keep=None, whole=True)
     assert whole.analysis
@@ -74,7 +83,7 @@ def test_a_whole_compile_says_what_the_buffer_assignment_says():
 
 
 def test_the_formula_moves_what_the_schedule_moves():
-    place, config = parse("v5p:2x2x1"), case("microbatches")
+    place, config = case("microbatches")
     compiled = compile_step(step_on(config, place), config, place, keep=None)
     mesh = abstract_shape(place, config.mesh)
     config = dataclasses.replace(config, mesh=MeshConfig(**mesh))
@@ -91,4 +100,4 @@ def test_the_formula_moves_what_the_schedule_moves():
 
 def test_a_topology_that_libtpu_does_not_have():
     with pytest.raises(ValueError, match="libtpu refuses it"):
-        step_on(case("dots"), parse("v5p:2x6x1"))
+        step_on(case("dots")[1], parse("v5p:2x6x1"))
