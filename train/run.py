@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -168,6 +168,36 @@ def build(config: ExperimentConfig, workdir: pathlib.Path) -> Run:
         config = with_vocab(config, data.tokenizer.vocab_size)
     else:
         data = load_vision(config.data)
+    program = make_program(config, mesh)
+    return Run(config, data, mesh, *program)
+
+
+class Program(NamedTuple):
+    """What a configuration is on a mesh, whose devices need not be there.
+
+    Attributes:
+        model: as in `Run`, likewise the others.
+        abstract: the training state.
+        steps: the functions.
+        init: makes the training state.
+    """
+
+    model: pure.Pure
+    abstract: Tree
+    steps: Steps
+    init: Any
+
+
+def make_program(config: ExperimentConfig, mesh: Mesh) -> Program:
+    """Model, abstract state, steps and initialiser, without data and without arrays.
+
+    Args:
+        config: the experiment, the model's vocabulary known.
+        mesh: its shardings derive from.
+
+    Raises:
+        ValueError: the mesh does not divide the model.
+    """
     optimizer = make_optimizer(config.optim, config.steps, config.model.moe.basis.method)
     model, params, _ = pure.abstract_split(model_maker(config.model, config.seed))
     trained, _ = partition(params, config.optim.trainable)
@@ -181,7 +211,7 @@ def build(config: ExperimentConfig, workdir: pathlib.Path) -> Run:
         places,
     )
     steps = make_steps(config, mesh, model, optimizer, opt_state)
-    return Run(config, data, mesh, model, abstract, steps, jax.jit(init, out_shardings=places))
+    return Program(model, abstract, steps, jax.jit(init, out_shardings=places))
 
 
 def model_maker(config: LMConfig | ViTConfig, seed: int) -> Callable[[], nnx.Module]:

@@ -1,0 +1,73 @@
+"""Memory by formula, with the numbers in sight."""
+
+import pytest
+
+from tests.train.planning.shapes import D, E, F, K, L, N, S, small
+from train.planning.memory import SCRATCH, kept_bytes, predict, rows_here, sizes_of, weigh
+
+ONE = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}
+HEADS, KV, DIM = 4, 2, 16
+
+
+def test_parameters_by_part():
+    weights = weigh(small())
+    experts = L * E * 3 * D * F * 4
+    assert weights.held(ONE, "experts") == experts
+    assert weights.held(ONE, "vocabulary") == 2 * N * D * 4
+    assert weights.held(ONE) == weights.count * 4
+    # Experts lie over expert, fsdp and tensor; the vocabulary over fsdp and tensor.
+    spread = {"data": 2, "fsdp": 2, "expert": 4, "tensor": 2}
+    assert weights.held(spread, "experts") == experts / 16
+    assert weights.held(spread, "vocabulary") == 2 * N * D * 4 / 4
+
+
+def test_what_may_split_the_model():
+    common = weigh(small()).common
+    assert common["expert"] == E
+    assert common["fsdp"] == D
+    assert common["data"] == 1
+
+
+def test_optimizer_is_two_moments():
+    memory = predict(small(), weigh(small()), ONE)
+    assert memory.optimizer == 2 * memory.parameters
+    assert memory.arguments == 3 * memory.parameters + 4 * 4 * 16 * S
+
+
+@pytest.mark.parametrize(
+    ("remat", "expected"),
+    [
+        ("full", L * 16 * S * D * 4),
+        # The input, queries, keys and values, the map behind them, the router's scores.
+        ("dots", L * 16 * S * 4 * (D + (HEADS + 2 * KV) * DIM + D + E)),
+    ],
+)
+def test_kept_activations(remat, expected):
+    config = small(model={"remat": remat})
+    assert kept_bytes(config, sizes_of(config, ONE)) == expected
+
+
+def test_rows_of_the_exchange():
+    # 16 sequences over 4 devices: A = 4·32·2 = 256 assignments, 1.25 times 64 slots for each peer.
+    mesh = ONE | {"expert": 4}
+    assert sizes_of(small(), mesh).rows == 4 * 80
+    assert rows_here(small(moe={"exchange": "ragged_all_to_all"}), 256, 4) == 320
+    assert rows_here(small(moe={"exchange": "all_gather"}), 256, 4) == 4 * 256
+    assert rows_here(small(), 256, 1) == 256
+
+
+def test_the_larger_scratch_counts():
+    config = small(model={"dtype": "bfloat16", "remat": "dots"})
+    memory = predict(config, weigh(config), ONE)
+    t = 16 * S
+    attention = SCRATCH.scores * 4 * 16 * HEADS * S * S + SCRATCH.hidden * 4 * t * D
+    rows = t * K * 2 * (SCRATCH.rows * D + SCRATCH.inner * F)
+    experts = rows + SCRATCH.weights * 2 * E * 3 * D * F
+    assert memory.scratch == max(attention, experts)
+    assert experts > attention
+
+
+def test_a_fused_kernel_holds_no_scores():
+    long = small(model={"remat": "dots"})
+    fused = small(model={"remat": "dots", "attention": "cudnn"})
+    assert predict(fused, weigh(fused), ONE).total <= predict(long, weigh(long), ONE).total

@@ -1,0 +1,1 @@
+"""Plans of training runs on devices that nobody holds; see docs/planning.md."""
