@@ -105,6 +105,7 @@ class Checkpoints:
     Raises:
         ValueError: a count is out of range.
         FileNotFoundError: `read_only`, and there is no such directory.
+        CheckpointError: the checkpoints that are there cannot be opened.
     """
 
     def __init__(
@@ -127,7 +128,7 @@ class Checkpoints:
         self._read_only = read_only
         self._pending: int | None = None
         self._bytes = 0  # of the arrays of the last save
-        self._manager = Manager(
+        self._manager = _open(
             path if "://" in path else os.path.abspath(os.path.expanduser(path)),
             every=every,
             keep_last=keep_last,
@@ -407,3 +408,16 @@ class Checkpoints:
         """The error of a step that is listed but cannot be used."""
         others = [s for s in self.all_steps() if s != step]
         return not_read(self.directory, step, others, reason)
+
+
+def _open(path: str, **options: Any) -> Manager:
+    try:
+        return Manager(path, **options)
+    except OSError:
+        raise
+    # Orbax reads a file of every step, and of a damaged one raises what its parser does.
+    except Exception as error:
+        raise CheckpointError(
+            f"The checkpoints in {path} could not be opened: {stored.reason(error)}. Move the"
+            " folder of the step whose files are damaged away."
+        ) from error

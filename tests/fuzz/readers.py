@@ -468,7 +468,7 @@ READERS = {
         {"argv.json": _damage_command_line},
         _read_command_line,
         (ValueError, FileNotFoundError, ModuleNotFoundError),
-        _config_words,
+        lambda: (*_config_words(), "command line flag"),
     ),
     "config": Reader(40, _run_folders, JSON, _read_run_folder, words=_config_words),
     "model": Reader(

@@ -56,9 +56,14 @@ def judge(
     trace = "".join(traceback.format_exception(error)) if wrong and error else ""
     return {
         "came": "valid" if error is None else type(error).__name__,
-        "wrong": "; ".join(wrong),
-        "trace": trace[-6000:],
+        "wrong": _printable("; ".join(wrong)),
+        "trace": _printable(trace[-6000:]),
     }
+
+
+def _printable(text: str) -> str:
+    """The text without lone surrogates, which no pipe takes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _error_of(reader: Reader, folder: pathlib.Path) -> BaseException | None:
