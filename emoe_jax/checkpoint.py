@@ -25,6 +25,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import traceback
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -290,21 +291,31 @@ class Checkpoints:
         position = None if partial else read_position(record["data_state"])
         return Restored(filled, position, record["meta"])
 
-    def restore_newest(self, abstract: Tree) -> Newest:
+    def restore_newest(
+        self, abstract: Tree, check: Callable[[int, Tree], None] = lambda *_: None
+    ) -> Newest | None:
         """Reads the newest step that is whole, as `restore` does; nothing is renamed yet.
 
+        Args:
+            abstract: see `restore`.
+            check: is given a step and its meta before its arrays are read, and raises what it
+                likes, the same in every process.
+
+        Returns:
+            None where there is no step.
+
         Raises:
-            FileNotFoundError: there is no step.
             CheckpointMismatch: see `restore`; older steps are not tried then.
             CheckpointError: no step is whole; says what is wrong with each.
         """
         # A process may see a folder's new content late: all take what the first one sees.
         steps = json.loads(gather_texts(json.dumps(self.all_steps()))[0])
         if not steps:
-            raise FileNotFoundError(f"There is no checkpoint in {self.directory}.")
+            return None
         damaged: dict[int, str] = {}
         for step in reversed(steps):
             try:
+                check(step, self._record_of(step)["meta"])
                 return Newest(step, self.restore(step, abstract), damaged)
             except CheckpointDamaged as error:
                 damaged[step] = error.reason
@@ -333,7 +344,7 @@ class Checkpoints:
                 f"Damaged checkpoints in {self.directory} could not be renamed ({error}). Move "
                 f"{', '.join(map(str, steps))} away from there and start again."
             )
-        self._manager.reload()
+        self._manager.forget(steps)
         return list(names)
 
     def _rename(self, step: int) -> str:
@@ -373,13 +384,16 @@ class Checkpoints:
             self._sweeper.close()
 
     def _read_record(self, step: int) -> Tree:
-        """The record of a step."""
+        """The record of a step that is listed here."""
         steps = self.all_steps()
         if step not in steps:
             raise FileNotFoundError(
                 f"There is no checkpoint of step {step} in {self.directory}; "
                 f"there are {steps or 'none'}. Choose one of them, or another --workdir."
             )
+        return self._record_of(step)
+
+    def _record_of(self, step: int) -> Tree:
         return self._agreed(step, lambda: stored.read_record(self.directory / str(step)))
 
     def _agreed(self, step: int, read: Callable[[], T]) -> T:
@@ -387,15 +401,18 @@ class Checkpoints:
 
         It must not wait for other processes: one that failed would leave them waiting.
         """
-        error: Exception | None = None
+        found: list[T] = []
+        reason = ""
         try:
-            value = read()
-        except Exception as caught:
-            error = caught
-        told = {text for text in gather_texts(stored.reason(error) if error else "") if text}
+            found.append(read())
+        # Its text alone is kept: what has been read by then would live as long as its traceback.
+        except Exception as error:
+            reason = stored.reason(error)
+            traceback.clear_frames(error.__traceback__)
+        told = {text for text in gather_texts(reason) if text}
         if told:
-            raise self._read_failure(step, "; ".join(sorted(told))) from error
-        return value
+            raise self._read_failure(step, "; ".join(sorted(told)))
+        return found[0]
 
     def _write_failure(self, step: int, error: Exception) -> CheckpointError:
         """The error of a failed save; forgets the step, which orbax had listed already."""

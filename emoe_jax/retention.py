@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -20,6 +20,11 @@ from emoe_jax.stored import RUN, STATE, read_metrics
 DELETED = ".deleted"
 """Folder of steps that are being deleted: a process killed meanwhile leaves them there, where no
 reader looks, and the next one deletes the rest."""
+
+
+CLOSING_S = 1.0
+"""Seconds for which a run that ends waits for a sweep: a few files are gone by then, and a slow
+disk must not take the time of grace that the last save has; the next run deletes the rest."""
 
 
 class Manager(ocp.CheckpointManager):
@@ -59,6 +64,10 @@ class Manager(ocp.CheckpointManager):
     def metrics(self, step: int) -> dict[str, Any]:
         """The metrics of a step."""
         return read_metrics(epath.Path(self.directory) / str(step))
+
+    def forget(self, steps: Collection[int]) -> None:
+        """Lists these steps no longer; reads no disk, which may lag behind."""
+        self._checkpoints.delete_if(lambda info: info.step in steps)
 
     def badness(self, metrics: Mapping[str, float] | None) -> float:
         """The number that `best_metric` ranks by; infinity where it was not measured."""
@@ -106,22 +115,30 @@ class Sweeper:
         self._thread: threading.Thread | None = None
 
     def sweep(self) -> None:
-        """Begins to delete what is there; waits for the sweep before."""
-        if self._idle or not self._folder.exists():
+        """Begins to delete what is there; while a sweep is at work, that is left to a later one."""
+        if self._idle or self._at_work() or not self._folder.exists():
             return
-        if self._thread is not None:
-            self._thread.join()
         # Not the folder itself: orbax may be moving the next step into it.
         steps = list(self._folder.iterdir())
-        self._thread = threading.Thread(target=_delete, args=(steps,))
+        # A daemon: the end of the process does not wait for it.
+        self._thread = threading.Thread(target=_delete, args=(steps,), daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Waits for the sweep, and removes the folder if it is empty."""
-        if self._thread is not None:
-            self._thread.join()
+        """Takes what was left by a sweep at work, waits shortly, and removes the empty folder."""
+        self._wait()
+        self.sweep()
+        self._wait()
+        if not self._idle and not self._at_work():
             with suppress(OSError):  # what could not be deleted is left to the next run
                 os.rmdir(self._folder)
+
+    def _at_work(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def _wait(self) -> None:
+        if self._thread is not None:
+            self._thread.join(CLOSING_S)
 
 
 def _delete(folders: list[Any]) -> None:

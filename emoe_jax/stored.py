@@ -114,7 +114,11 @@ def read_arrays(
         return _place(store, wanted[name])
 
     with ThreadPoolExecutor(_READERS) as pool:
-        return dict(zip(wanted, pool.map(read, wanted), strict=True))
+        futures = [pool.submit(read, name) for name in wanted]
+        try:
+            return {name: each.result() for name, each in zip(wanted, futures, strict=True)}
+        finally:
+            futures.clear()  # an error would keep what others have read
 
 
 def _place(store: ts.TensorStore, spec: jax.ShapeDtypeStruct) -> jax.Array:

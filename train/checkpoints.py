@@ -29,6 +29,7 @@ from emoe_jax.checkpoint import ASIDE, CheckpointError, Checkpoints
 from emoe_jax.config import require
 from train import checkpoint_diff, cli, tables, weights
 from train.config import FROM_DATA, changed_keys, filled, freeze
+from train.guards import META
 from train.provenance import MADE
 from train.run import CHECKPOINTS, CONFIG_FILE, MODEL_FILE, choose_step, read_json
 
@@ -185,7 +186,7 @@ def _print_diff(args: list[str], which: str) -> Rows:
     sides = checkpoint_diff.Side(a), checkpoint_diff.Side(b)
     found = checkpoint_diff.compare(*sides)
     metas = [side.record["meta"] for side in sides]
-    plain = [{name: v for name, v in meta.items() if name != MADE} for meta in metas]
+    plain = [{name: v for name, v in meta.items() if name not in (MADE, META)} for meta in metas]
     print(f"A: {a}\nB: {b}")
     for line in changed_keys(*plain):
         print(f"configuration: {line}")

@@ -16,7 +16,8 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from train import cluster, tables
-from train.config import flat_keys, unknown_key, update
+from train.config import flat_keys, update
+from train.config_tree import unknown_key
 
 
 def run(main: Callable[[list[str]], Any]) -> None:

@@ -7,14 +7,10 @@ happens.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
-import math
 import reprlib
-import types
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import config_dict
@@ -22,6 +18,7 @@ from ml_collections import config_dict
 from emoe_jax.config import LMConfig, MoEConfig, ViTConfig, require, require_positive
 from emoe_jax.optim import OptimConfig
 from emoe_jax.sharding import MeshConfig
+from train.config_tree import build, defaults, flatten, unknown_key
 from train.data.config import TextConfig, VisionConfig
 
 TASKS: dict[str, tuple[type, type]] = {
@@ -217,14 +214,14 @@ def experiment(task: str, **overrides: Any) -> config_dict.ConfigDict:
         ValueError: an unknown task or key, or a value of another type.
     """
     model, data = _of_task(task)
-    tree = {"task": task} | _defaults(ExperimentConfig)
+    tree = {"task": task} | defaults(ExperimentConfig)
     hidden = {*FROM_DATA[task], "moe"}
-    tree["model"] = {k: v for k, v in _defaults(model).items() if k not in hidden}
-    tree["moe"] = _defaults(MoEConfig)
-    tree["data"] = _defaults(data)
+    tree["model"] = {k: v for k, v in defaults(model).items() if k not in hidden}
+    tree["moe"] = defaults(MoEConfig)
+    tree["data"] = defaults(data)
     config = config_dict.ConfigDict(tree, type_safe=True)
     config.lock()
-    update(config, _flatten(overrides))
+    update(config, flatten(overrides))
     return config
 
 
@@ -250,7 +247,7 @@ def replaced(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, An
     Raises:
         ValueError: an unknown key.
     """
-    known = list(_flatten(tree))
+    known = list(flatten(tree))
     copy = json.loads(json.dumps(tree))
     for name, value in values.items():
         if name not in known:
@@ -290,14 +287,7 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 def flat_keys(config: config_dict.ConfigDict) -> list[str]:
     """Dotted names of all values."""
-    return list(_flatten(config.to_dict()))
-
-
-def unknown_key(name: str, known: Sequence[str]) -> str:
-    """What to say of a key that does not exist."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}"
-    return f"config key {name!r} does not exist; {hint}"
+    return list(flatten(config.to_dict()))
 
 
 def freeze(config: Mapping[str, Any]) -> ExperimentConfig:
@@ -312,12 +302,12 @@ def freeze(config: Mapping[str, Any]) -> ExperimentConfig:
     tree = config.to_dict() if isinstance(config, config_dict.ConfigDict) else dict(config)
     task = tree["task"]
     model_class, data_class = _of_task(task)
-    data = _build(data_class, tree.pop("data"), "data.")
+    data = build(data_class, tree.pop("data"), "data.")
     model = dict(tree.pop("model"))
     model["moe"] = tree.pop("moe")
     model |= {name: getattr(data, name) for name in FROM_DATA[task]}
-    built = {"model": _build(model_class, model, "model."), "data": data}
-    return _build(ExperimentConfig, tree | built)
+    built = {"model": build(model_class, model, "model."), "data": data}
+    return build(ExperimentConfig, tree | built)
 
 
 def model_from_tree(task: str, tree: Mapping[str, Any]) -> Any:
@@ -327,7 +317,7 @@ def model_from_tree(task: str, tree: Mapping[str, Any]) -> Any:
         ValueError: an unknown task or key.
     """
     require(task in TASKS, f"task={task!r} is not known; choose one of {', '.join(TASKS)}")
-    return _build(TASKS[task][0], tree)
+    return build(TASKS[task][0], tree)
 
 
 def with_vocab(config: ExperimentConfig, vocab_size: int) -> ExperimentConfig:
@@ -350,44 +340,9 @@ def digest(config: Mapping[str, Any]) -> str:
 
 def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """Lines "key: old -> new" for the values in which two trees differ."""
-    old, new = _flatten(json.loads(to_json(before))), _flatten(json.loads(to_json(after)))
+    old, new = flatten(json.loads(to_json(before))), flatten(json.loads(to_json(after)))
     names = sorted(old.keys() | new.keys())
     return [f"{n}: {old.get(n)!r} -> {new.get(n)!r}" for n in names if old.get(n) != new.get(n)]
-
-
-def _defaults(kind: type) -> dict[str, Any]:
-    """Default values of a dataclass as a tree; a value that may be None keeps its type."""
-    hints = typing.get_type_hints(kind)
-    tree: dict[str, Any] = {}
-    for field in dataclasses.fields(kind):
-        if field.default is dataclasses.MISSING:
-            continue
-        optional = _optional_type(hints[field.name])
-        if dataclasses.is_dataclass(field.default):
-            tree[field.name] = _defaults(type(field.default))
-        elif field.default is None and optional is not None:
-            tree[field.name] = config_dict.placeholder(optional)
-        else:
-            tree[field.name] = field.default
-    return tree
-
-
-def _optional_type(hint: Any) -> type | None:
-    """X of the hint X | None."""
-    if not isinstance(hint, types.UnionType):
-        return None
-    inner = [part for part in typing.get_args(hint) if part is not types.NoneType]
-    return inner[0] if len(inner) == 1 else None
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _of_task(task: Any) -> tuple[type, type]:
@@ -395,60 +350,3 @@ def _of_task(task: Any) -> tuple[type, type]:
     known = isinstance(task, str) and task in TASKS
     require(known, f"task={reprlib.repr(task)} is not known; choose one of {', '.join(TASKS)}")
     return TASKS[task]
-
-
-def _build(kind: type, tree: Mapping[str, Any], prefix: str = "") -> Any:
-    """A dataclass from a tree, nested ones included; lists become tuples.
-
-    Args:
-        kind: the dataclass.
-        tree: values by the names of its fields.
-        prefix: of their dotted keys, for errors.
-
-    Raises:
-        ValueError: an unknown key, a value of another type, or what the dataclass refuses.
-    """
-    hints = typing.get_type_hints(kind)
-    values = {}
-    for name, value in tree.items():
-        require(name in hints, unknown_key(f"{prefix}{name}", [f"{prefix}{key}" for key in hints]))
-        hint, key = hints[name], f"{prefix}{name}"
-        if isinstance(value, Mapping) and dataclasses.is_dataclass(hint):
-            # The experts' keys stand beside the model's, not below them.
-            assert isinstance(hint, type)
-            value = _build(hint, value, "moe." if name == "moe" else f"{key}.")
-        values[name] = tuple(value) if isinstance(value, list) else value
-        require(
-            _fits(values[name], hint),
-            f"config key {key!r} cannot be {reprlib.repr(value)}: it takes {_wanted(hint)}",
-        )
-    return kind(**values)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a field's type; whole numbers have 32 bits, as the steps count them."""
-    if isinstance(hint, types.UnionType):
-        return any(_fits(value, part) for part in typing.get_args(hint))
-    if typing.get_origin(hint) is tuple:
-        inner = typing.get_args(hint)[0]
-        return isinstance(value, tuple) and all(_fits(each, inner) for each in value)
-    if hint is int:
-        return type(value) is int and abs(value) < 2**31
-    if hint is float:
-        return (type(value) is float and not math.isnan(value)) or _fits(value, int)
-    return isinstance(value, hint)
-
-
-def _wanted(hint: Any) -> str:
-    """The values of a field's type, in words."""
-    if isinstance(hint, types.UnionType):
-        return " or ".join(map(_wanted, typing.get_args(hint)))
-    if typing.get_origin(hint) is tuple:
-        return f"a list, each {_wanted(typing.get_args(hint)[0])}"
-    words = {
-        int: "a whole number below 2**31",
-        float: "a number",
-        str: "text",
-        bool: "true or false",
-    }
-    return words.get(hint, "nothing" if hint is types.NoneType else "a group of keys")

@@ -28,6 +28,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from emoe_jax import json_file
+from emoe_jax.config import require
 from emoe_jax.manifest import flatten
 from emoe_jax.multihost import gather_texts
 from train import cluster
@@ -98,6 +100,7 @@ class Guard:
         self._file, self._run = workdir / RECORD, run
         self.rollbacks = self._read()
         self._unread: list[tuple[int, dict[str, Any]]] = []
+        self._not_finite = NotFinite()
 
     def passed(self) -> list[tuple[int, int]]:
         """What is passed over: disjoint intervals [first, end) of batches, ascending."""
@@ -107,15 +110,22 @@ class Guard:
         """What a checkpoint keeps of this, a JSON object."""
         return {"skipped": self.skipped, "row": self.row, "rollbacks": list(self.rollbacks)}
 
-    def restore(self, meta: Mapping[str, Any]) -> None:
+    def restore(self, meta: Mapping[str, Any], step: int) -> None:
         """Goes on from a checkpoint.
 
         Args:
             meta: what `meta` gave; empty at a run's start and for checkpoints older than this.
+            step: of the checkpoint; 0 for the start.
         """
-        # Either may be the older: a checkpoint from before a rollback, or a folder copied in part.
+        # The record in the folder may be the younger, after a rollback, or lack what it told once.
+        # What a checkpoint had passed over is what it says: it may be newer than the step to which
+        # a rollback went, where it could not be read then, and can be read now.
         told = [Rollback(*each) for each in meta.get("rollbacks", [])]
-        self.rollbacks = max(self.rollbacks, told, key=len)
+        there = position(step, merged([(each.first, each.end) for each in told]))
+        self.rollbacks = told + [
+            each._replace(first=max(each.first, there), end=max(each.end, there))
+            for each in self.rollbacks[len(told) :]
+        ]
         by_then = self.rollbacks[-1].skipped if self.rollbacks else 0
         self.skipped, self.row = max(meta.get("skipped", 0), by_then), meta.get("row", 0)
         self.owes = False
@@ -159,9 +169,9 @@ class Guard:
                 " %d in all",
                 *(number, metrics["loss"], metrics["grad_norm"], self.row, self.skipped),
             )
-            if limit and self.row == limit:
-                return Fault(number, not_finite(state))
-        lost = not_finite(state) if limit and self.row else ()
+            if limit and self.row >= limit:
+                return Fault(number, self._not_finite(state))
+        lost = self._not_finite(state) if limit and self.row else ()
         return Fault(step, lost) if lost else None
 
     def may_save(self, step: int) -> bool:
@@ -195,9 +205,10 @@ class Guard:
         if len(self.rollbacks) >= most:
             raise Diverged(
                 f"after step {fault.step}: {why}, and the run has gone back {len(self.rollbacks)}"
-                f" times already (guard.rollbacks={most}); lower optim.learning_rate, look at the"
-                f" batches that {self._file} names, move the newest checkpoints away to go further"
-                f" back, or raise guard.rollbacks. {where.capitalize()} is what it would go back to"
+                f" times already (guard.rollbacks={most}). It would go back to {where}. Raise"
+                f" guard.rollbacks, and before that find the cause: look at the batches that"
+                f" {self._file} names, lower optim.learning_rate, or move the newest checkpoints"
+                " away to go further back"
             )
         passed = self.passed()
         first = position(to or 0, passed)
@@ -215,12 +226,40 @@ class Guard:
 
     def _read(self) -> list[Rollback]:
         """The rollbacks that the run's folder tells of, the same on all processes."""
-        there = cluster.is_first() and self._file.is_file()
-        text = gather_texts(self._file.read_text(encoding="utf-8") if there else "")[0]
-        record = json.loads(text) if text else {}
-        if record.get("run") != self._run:
-            return []
-        return [Rollback(**each) for each in record["rollbacks"]]
+        told: list[dict[str, int]] = []
+
+        def read() -> None:
+            if cluster.is_first() and self._file.is_file():
+                told.extend(_read_record(self._file, self._run))
+
+        cluster.together(read)
+        return [Rollback(**each) for each in json.loads(gather_texts(json.dumps(told))[0])]
+
+
+def _read_record(file: pathlib.Path, run: str) -> list[dict[str, int]]:
+    """The rollbacks in a file as JSON objects; none of another run.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    record = json_file.read_object(file)
+    if record.get("run") != run:
+        return []
+    rollbacks = record.get("rollbacks")
+    fields = set(Rollback._fields)
+    good = isinstance(rollbacks, list) and all(
+        isinstance(each, dict)
+        and each.keys() == fields
+        and all(type(value) is int and value >= 0 for value in each.values())
+        for each in rollbacks
+    )
+    require(
+        good,
+        f"{file} is damaged: rollbacks={rollbacks!r:.200} is no list of objects with the integers"
+        f" {', '.join(Rollback._fields)}; delete the file, checkpoints tell the same",
+    )
+    assert isinstance(rollbacks, list)
+    return rollbacks
 
 
 class Record:
@@ -233,14 +272,19 @@ class Record:
 
     def __init__(self, guard: Guard, facts: Mapping[str, Any]) -> None:
         self._guard, self._facts = guard, dict(facts)
+        self._lost = NotFinite()
 
     def meta(self) -> dict[str, Any]:
         """As `Checkpoints.save` takes it."""
         return self._facts | {META: self._guard.meta()}
 
-    def may_save(self, step: int, state: Tree) -> bool:
-        """Whether the state after a step is one to go on from, all flags so far being read."""
-        return self._guard.look(step, state) is None and self._guard.may_save(step)
+    def unsound(self, step: int, state: Tree) -> str:
+        """Why the state after a step is none to go on from, all flags being read; "" if it is."""
+        lost = self._lost(state)
+        if lost:
+            return f"{', '.join(lost[:3])} hold NaN or infinity"
+        in_row = self._guard.look(step, state) is not None or self._guard.row > 0
+        return "it is one of a row of skipped steps" if in_row else ""
 
 
 class Passing:
@@ -313,11 +357,19 @@ def position(step: int, passed: list[tuple[int, int]]) -> int:
     return step
 
 
-def not_finite(state: Tree) -> tuple[str, ...]:
-    """Names of the arrays that hold NaN or infinity. Waits for them; compiled where it is asked."""
+class NotFinite:
+    """Names the arrays of a state that hold NaN or infinity; compiled at its first call alone."""
 
-    def check(tree: Tree) -> Tree:
-        return jax.tree.map(lambda leaf: jnp.all(jnp.isfinite(leaf)), tree)
+    def __init__(self) -> None:
+        self._compiled: Any = None
 
-    finite = jax.device_get(cluster.compile_together(jax.jit(check).lower(state))(state))
-    return tuple(name for name, good in flatten(finite, lambda *_: None).items() if not good)
+    def __call__(self, state: Tree) -> tuple[str, ...]:
+        """The names, dotted by "/". Waits for the state; every process calls it."""
+        if self._compiled is None:
+            self._compiled = cluster.compile_together(jax.jit(_finite).lower(state))
+        finite = jax.device_get(self._compiled(state))
+        return tuple(name for name, good in flatten(finite, lambda *_: None).items() if not good)
+
+
+def _finite(tree: Tree) -> Tree:
+    return jax.tree.map(lambda leaf: jnp.all(jnp.isfinite(leaf)), tree)

@@ -27,17 +27,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from train.screen import Screen
 
 METRICS = "metrics.jsonl"
 ROUTING = "routing.jsonl"
@@ -145,7 +139,7 @@ class RunLog:
         self._file = (folder / METRICS).open("a", encoding="utf-8")
         self._routing = (folder / ROUTING).open("a", encoding="utf-8")
         self._events = _open_events(folder, purge_step=self._step + 1)
-        self._screen = _Screen(
+        self._screen = Screen(
             console or Console(stderr=True), total_steps, unit, max(self._step, 0), every_s, clock
         )
 
@@ -301,65 +295,6 @@ def _shorten(file: Path, lines: list[str], step: int) -> None:
         out.flush()
         os.fsync(out.fileno())
     shortened.replace(file)
-
-
-class _Screen:
-    """The bar on a terminal, plain lines elsewhere."""
-
-    def __init__(
-        self,
-        console: Console,
-        total: int,
-        unit: str,
-        first: int,
-        every_s: float,
-        clock: Callable[[], float],
-    ) -> None:
-        self._console, self._total, self._unit, self._clock = console, total, unit, clock
-        self._first, self._start = first, clock()
-        self._every_s, self._next = every_s, -math.inf
-        self._bar: Progress | None = None
-        if console.is_terminal:
-            self._bar = Progress(
-                MofNCompleteColumn(),
-                BarColumn(bar_width=None),
-                TextColumn("{task.fields[words]}", markup=False),
-                TimeRemainingColumn(compact=True),
-                console=console,
-                expand=True,
-            )
-            self._task: TaskID = self._bar.add_task("", total=total, completed=first, words="")
-            self._bar.start()
-
-    def show(
-        self, step: int, loss: float, rate: float, mfu: float | None, max_vio: float | None
-    ) -> None:
-        """Shows one state of the run."""
-        words = [f"loss {loss:.4f}", f"{rate:,.0f} {self._unit}/s"]
-        words += [] if mfu is None else [f"MFU {100 * float(mfu):.1f}%"]
-        words += [] if max_vio is None else [f"MaxVio {float(max_vio):.3f}"]
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, words="  ".join(words))
-            return
-        now = self._clock()
-        if now < self._next and step < self._total:
-            return
-        self._next = now + self._every_s
-        left = self._left(step, now)
-        words = [f"step {step}/{self._total}", *words, *([] if left is None else [f"left {left}"])]
-        self._console.print("  ".join(words), markup=False, highlight=False, soft_wrap=True)
-
-    def close(self) -> None:
-        """Stops the bar's thread and leaves its last state on the screen."""
-        if self._bar is not None:
-            self._bar.stop()
-
-    def _left(self, step: int, now: float) -> str | None:
-        """Time to the last step at the mean pace so far, as h:mm:ss; None before a step is done."""
-        if step <= self._first:
-            return None
-        seconds = round((now - self._start) / (step - self._first) * (self._total - step))
-        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
 def _open_events(folder: Path, purge_step: int) -> EventsWriter:

@@ -28,7 +28,7 @@ from train.evaluate import (
     evaluate,
     print_evaluation,
 )
-from train.guards import META, Fault, Guard, Passing, Record
+from train.guards import META, RECORD, Fault, Guard, Passing, Record
 from train.initial import check_frozen, initial_params, place_params
 from train.logs import RunLog
 from train.provenance import identity
@@ -68,6 +68,7 @@ def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[Scalars,
     # ---------------------------------------------------------------- configuration and data
     cluster.check_same(tree.to_dict())
     config = freeze(tree)
+    notice.begin()
     cluster.share_folder(workdir)
     run = cluster.first_then_others(lambda: build(config, workdir))
     config = run.config
@@ -88,6 +89,9 @@ def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[Scalars,
         forward = None
         if resumed != config.steps:
             forward = compile_forward(run, example, resumed=resumed is not None)
+        if newest is None and guard.rollbacks:
+            told = guard.passed(), workdir / RECORD
+            LOGGER.warning("batches %s are passed over, as %s says; delete it to begin anew", *told)
         state = _begin(run, forward, checkpoints, newest, batches, guard)
         _write_config(tree, workdir)
 
@@ -167,10 +171,23 @@ def _start(run: Run) -> Tree:
 
 
 def _newest(run: Run, checkpoints: Checkpoints) -> Newest | None:
-    """The newest whole checkpoint, None where there are none at all."""
-    if checkpoints.latest_step() is None:
-        return None
-    return checkpoints.restore_newest(run.abstract)
+    """The newest whole checkpoint, None where there are none at all.
+
+    Raises:
+        ValueError: it is of another run than the configuration's; before its arrays are read.
+    """
+    workdir = checkpoints.directory.parent
+
+    def check(step: int, meta: Tree) -> None:
+        require(
+            run.config.steps >= step,
+            f"steps={run.config.steps}, but {workdir} is at step {step} already; set steps to"
+            f" {step} or more, or use another --workdir",
+        )
+        facts = {name: value for name, value in meta.items() if name != META}
+        provenance.check(run.config, facts, workdir)
+
+    return checkpoints.restore_newest(run.abstract, check)
 
 
 def _begin(
@@ -184,7 +201,7 @@ def _begin(
     """The training state of a checkpoint, or of the start; batches and guard go there too."""
     if newest is not None:
         return _resume(run, checkpoints, newest, batches, guard)
-    guard.restore({})
+    guard.restore({}, 0)
     batches.seek(0, None)
     return calibrate(run, forward, _start(run))
 
@@ -198,13 +215,7 @@ def _resume(
     """
     step, restored, damaged = newest
     workdir = checkpoints.directory.parent
-    require(
-        run.config.steps >= step,
-        f"steps={run.config.steps}, but {workdir} is at step {step} already; set steps to {step} or"
-        " more, or use another --workdir",
-    )
-    guard.restore(restored.meta.pop(META, {}))
-    provenance.check(run.config, restored.meta, workdir)
+    guard.restore(restored.meta.pop(META, {}), step)
     for (bad, why), name in zip(damaged.items(), checkpoints.set_aside(damaged), strict=True):
         LOGGER.warning("the checkpoint of step %d is damaged, now named %s: %s", bad, name, why)
     assert restored.data_state is not None
@@ -272,6 +283,7 @@ def _train(parts: _Parts, state: Tree, resumed: int | None) -> tuple[Tree, Any]:
             newest = _newest(run, parts.checkpoints)
             resumed = None if newest is None else newest.step
             guard.go_back(fault, resumed)
+            notice.consult()
             forward, checkpoints = parts.forward, parts.checkpoints
             state = _begin(run, forward, checkpoints, newest, parts.batches, guard)
 

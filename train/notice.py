@@ -25,6 +25,8 @@ from typing import NoReturn
 import jax
 from jax.experimental import multihost_utils
 
+from emoe_jax.multihost import gather_texts
+
 LOGGER = logging.getLogger(__name__)
 
 EXIT_CODE = 75
@@ -44,11 +46,12 @@ class Notice:
     Attributes:
         name: what asked for it; empty as long as nothing has.
         asked: whether the loop has come to look, that is whether a step is done.
+        agreed: whether all of several processes know of it.
     """
 
     def __init__(self, grace_s: float) -> None:
         self.name = ""
-        self.asked = False
+        self.asked = self.agreed = False
         self._grace_s = grace_s
         self._began = 0.0
         self._tell_others = _handler_of_jax()
@@ -117,6 +120,9 @@ def heeded(grace_s: float) -> Iterator[None]:
     _notice = ours
     try:
         yield
+    except Interrupted:
+        _say(f"{ours.name}: ended in an evaluation, which the same command makes again")
+        raise SystemExit(EXIT_CODE) from None
     finally:
         _notice = None
         for number, handler in before.items():
@@ -141,10 +147,27 @@ def reached(step: int) -> bool:
     _notice.asked = True
     if jax.process_count() == 1:
         return bool(_notice.name)
-    if multihost_utils.reached_preemption_sync_point(step):
+    # True after one step alone, from which a run may just then go back.
+    if not _notice.agreed and multihost_utils.reached_preemption_sync_point(step):
+        _notice.agreed = True
         _notice.begin("a signal to another process")
-        return True
-    return False
+    return _notice.agreed
+
+
+def consult() -> None:
+    """Agrees whether any process has been asked to end; all call it.
+
+    To be called where a run goes back: the step after which it was to end may be far then.
+    """
+    if _notice is not None and any(gather_texts(_notice.name)):
+        _notice.agreed = True
+        _notice.begin("a signal to another process")
+
+
+def begin() -> None:
+    """A run begins: until its first step is done there is nothing to save."""
+    if _notice is not None:
+        _notice.asked = False
 
 
 def check() -> None:

@@ -7,7 +7,6 @@ from types import TracebackType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from emoe_jax.checkpoint import CheckpointError, Checkpoints
 from train import cluster
@@ -77,24 +76,18 @@ class Rescue:
         """Saves; what came of it."""
         step, state = self._step, self._state
         assert step is not None
-        if not cluster.stopped_alike(str(step)):
+        gone = any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+        if not cluster.stopped_alike(f"{step} {gone}"):
             return (
-                "nothing is saved, as other processes have not stopped after the same step and"
+                "nothing is saved, as other processes have not stopped at the same point and"
                 " would not take part"
             )
-        if any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
+        if gone:
             return f"step {step} is not saved: step {step + 1} had taken its memory"
-        if not bool(_all_finite(state)):
-            return f"step {step} is not saved: it holds NaN or infinity"
-        if not self._record.may_save(step, state):
-            return f"step {step} is not saved: it is one of a row of skipped steps"
+        why = self._record.unsound(step, state)
+        if why:
+            return f"step {step} is not saved: {why}"
         given = {"data_state": self._position, "meta": self._record.meta(), "force": True}
         new = self._checkpoints.save(step, state, **given)
         self._checkpoints.wait()
         return f"step {step} {'is saved' if new else 'was saved already'}"
-
-
-@jax.jit
-def _all_finite(state: Tree) -> jax.Array:
-    floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
-    return jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]).all()

@@ -74,21 +74,9 @@ def make_steps(
         key = jax.random.fold_in(key, state["step"])
         total = jnp.maximum(jnp.sum(_weights(batch)), 1.0)
         trained, frozen = partition(state["params"], config.optim.trainable)
-        # Bases are factorised once, outside the microbatches, and so are their gradients.
-        prepared, pull_back = jax.vjp(lambda tree: prepare_bases(tree, method), trained)
-        fixed = prepare_bases(frozen, method)
-
-        def loss(params: Tree, *rest: Any) -> tuple[Array, tuple[Sums, dict[str, Aux]]]:
-            return _objective(config, pure, merge(params, fixed), *rest)
-
-        gradient = jax.grad(loss, has_aux=True)
-
-        def one(part: Batch) -> tuple[Tree, Sums, dict[str, Aux]]:
-            grads, (sums, aux) = gradient(prepared, state["router"], part, key, total)
-            return grads, sums, aux
-
-        grads, sums, aux = _sum_over(one, microbatches(batch, config.accumulate))
-        (grads,) = pull_back(grads)
+        grads, sums, aux = _gradients(
+            config, pure, trained, frozen, state["router"], batch, key, total
+        )
         progress = state["step"].astype(jnp.float32) / config.steps
         before = serialization.from_state_dict(opt_state, state["opt"])
         updates, after = optimizer.update(grads, before, trained)
@@ -98,11 +86,7 @@ def make_steps(
             "opt": serialization.to_state_dict(after),
         }
         norm = global_norm(grads)
-        # Of finite gradients only the retraction of a basis can make an update that is not.
-        moved = [
-            leaf for path, leaf in jax.tree_util.tree_leaves_with_path(updates) if is_basis(path)
-        ]
-        good = all_finite((sums, norm, moved, new["router"]))
+        good = all_finite((sums, norm, _of_bases(updates), new["router"]))
         new = _chosen(good, new, {name: state[name] for name in new})
         metrics = _task_metrics(sums, total) | {
             "grad_norm": norm,
@@ -132,6 +116,36 @@ def make_steps(
     return Steps(*(in_mesh(mesh, step) for step in (train_step, calibrate_step, evaluate_step)))
 
 
+def _gradients(
+    config: ExperimentConfig,
+    pure: Pure,
+    trained: Tree,
+    frozen: Tree,
+    router: Tree,
+    batch: Batch,
+    key: Array,
+    total: Array,
+) -> tuple[Tree, Sums, dict[str, Aux]]:
+    """Gradients of the trained parameters; sums and statistics, all over the microbatches."""
+    method = config.model.moe.basis.method
+    # Bases are factorised once, outside the microbatches, and so are their gradients.
+    prepared, pull_back = jax.vjp(lambda tree: prepare_bases(tree, method), trained)
+    fixed = prepare_bases(frozen, method)
+
+    def loss(params: Tree, *rest: Any) -> tuple[Array, tuple[Sums, dict[str, Aux]]]:
+        return _objective(config, pure, merge(params, fixed), *rest)
+
+    gradient = jax.grad(loss, has_aux=True)
+
+    def one(part: Batch) -> tuple[Tree, Sums, dict[str, Aux]]:
+        grads, (sums, aux) = gradient(prepared, router, part, key, total)
+        return grads, sums, aux
+
+    grads, sums, aux = _sum_over(one, microbatches(batch, config.accumulate))
+    (grads,) = pull_back(grads)
+    return grads, sums, aux
+
+
 def _objective(
     config: ExperimentConfig,
     pure: Pure,
@@ -151,6 +165,11 @@ def all_finite(tree: Tree) -> Array:
     """Whether no number of a tree is NaN or infinite: a bool []."""
     each = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
     return functools.reduce(jnp.logical_and, each, jnp.ones((), bool))
+
+
+def _of_bases(updates: Tree) -> list[Array]:
+    """The updates that may be infinite though the gradients are finite: a basis is retracted."""
+    return [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(updates) if is_basis(path)]
 
 
 def _chosen(good: Array, new: Tree, old: Tree) -> Tree:

@@ -7,8 +7,8 @@ models included. `--config.init_from` and `train.convert` read it back.
 
 from __future__ import annotations
 
-import json
 import pathlib
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from emoe_jax import interop, pure
+from emoe_jax import interop, json_file, pure
 from emoe_jax.config import LMConfig, ViTConfig, require
 from emoe_jax.interop import files
 from emoe_jax.manifest import flatten, nest
@@ -67,7 +67,7 @@ def is_ours(source: pathlib.Path) -> bool:
     if not (file.is_file() and beside.is_file()):
         return False
     try:
-        tree = json.loads(beside.read_text(encoding="utf-8"))
+        tree = json_file.read(beside)
     except ValueError:
         return False
     return isinstance(tree, dict) and tree.get("format") == FORMAT
@@ -80,11 +80,11 @@ def read_weights(source: pathlib.Path) -> tuple[LMConfig | ViTConfig, Tree]:
         source: see `is_ours`.
 
     Raises:
-        ValueError: the file is damaged, or is not of the model that config.json describes.
+        ValueError: the file or config.json is damaged, or the file is not of the model that
+            config.json describes.
     """
     file = source / files.MODEL if source.is_dir() else source
-    tree = json.loads(file.with_name(files.CONFIG).read_text(encoding="utf-8"))
-    config = model_from_tree(tree["task"], tree["model"])
+    config = _described(file.with_name(files.CONFIG))
     params = interop.read_state(file)
     _, expected, _ = pure.abstract_split(model_maker(config, 0))
     wanted = {name: leaf.shape for name, leaf in flatten(expected, lambda *_: None).items()}
@@ -98,6 +98,23 @@ def read_weights(source: pathlib.Path) -> tuple[LMConfig | ViTConfig, Tree]:
         f" missing or too many are {', '.join(wrong)}; export it again",
     )
     return config, nest(params)
+
+
+def _described(beside: pathlib.Path) -> LMConfig | ViTConfig:
+    """The model that a config.json of ours describes."""
+    tree = json_file.read_object(beside)
+    for key, kind, words in (("task", str, "text"), ("model", dict, "a group of keys")):
+        value = tree.get(key)
+        require(
+            isinstance(value, kind),
+            f"{beside}: the key {key!r} is {reprlib.repr(value)}, and must be {words}; export the"
+            " model again",
+        )
+    try:
+        config: LMConfig | ViTConfig = model_from_tree(tree["task"], tree["model"])
+    except ValueError as error:
+        raise ValueError(f"{beside}: {error}") from error
+    return config
 
 
 def read_model(source: pathlib.Path) -> EMoEViT:

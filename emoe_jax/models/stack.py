@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from emoe_jax.attention import Attention
 from emoe_jax.config import LMConfig, MoEConfig, ViTConfig, moe_layers
-from emoe_jax.layers import MLP, Attention, LayerNorm, RMSNorm
+from emoe_jax.layers import MLP, LayerNorm, RMSNorm
 from emoe_jax.moe import Aux, MoE
 from emoe_jax.routers import router_class
 from emoe_jax.sharding import split_batch

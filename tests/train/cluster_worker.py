@@ -44,7 +44,7 @@ def main(folder: pathlib.Path) -> None:
     resumed = lm_tree(tree["data"]["sources"][0])
     guard = tree["guard"] | {"stall_s": 1.0}
     resumed.update(tree | {"mesh": tree["mesh"] | MESH, "guard": guard})
-    loop._compile_train = troubled(loop._compile_train)
+    loop.compile_train = troubled(loop.compile_train)
     cli._run_on_several(lambda argv: train(resumed, folder / "two"), [])
     seen = restored(folder, tree) | refusals(folder) | {"rows": rows()}
     (folder / f"seen_{jax.process_index()}.json").write_text(json.dumps(seen))

@@ -21,7 +21,9 @@ from tests.train.tiny import vit_tree
 from train import checkpoints, convert, weights
 from train.checkpoint_diff import Side, compare, moved, principal_angles
 from train.config import freeze
+from train.guards import META
 from train.initial import initial_params
+from train.provenance import MADE
 from train.run import build, load_model, model_maker, save_model
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -164,8 +166,11 @@ def two(tmp_path_factory):
         return {"params": params, "router": {"blocks": state}, "step": jnp.int32(offset)}
 
     with Checkpoints(folder, every=1) as saver:
-        saver.save(1, tree(jnp.array(w), basis, 1.0, 2), data_state={}, meta={"model": {"a": 1}})
-        saver.save(2, tree(eight(swapped), turned, 2.0, 3), data_state={}, meta={"model": {"a": 2}})
+        trees = tree(jnp.array(w), basis, 1.0, 2), tree(eight(swapped), turned, 2.0, 3)
+        for step, arrays in enumerate(trees, start=1):
+            # What is no configuration differs as well.
+            meta = {"model": {"a": step}, MADE: {"rows": step}, META: {"rollbacks": step}}
+            saver.save(step, arrays, data_state={}, meta=meta)
     return folder
 
 
@@ -226,7 +231,8 @@ def test_what_cannot_be_compared_is_refused(two, tmp_path):
 def test_diff_prints_tables_and_the_configuration_that_changed(two, tmp_path):
     code, out, err = start("diff", two, 1, 2, f"--json={tmp_path / 'diff.json'}", "--top=1")
     assert code == 0, err
-    assert "configuration: model.a: 1 -> 2" in out
+    told = [line for line in out.splitlines() if line.startswith("configuration:")]
+    assert told == ["configuration: model.a: 1 -> 2"]
     assert "Experts, cosines of their weights (the first 1 of 2; --top for more)" in out
     rows = json.loads((tmp_path / "diff.json").read_text())["rows"]
     tables = [row["table"] for row in rows]

@@ -21,10 +21,10 @@ from train.config import (
     freeze,
     replaced,
     to_json,
-    unknown_key,
     update,
     with_vocab,
 )
+from train.config_tree import unknown_key
 from train.data.config import TextConfig
 
 

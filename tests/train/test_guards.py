@@ -87,7 +87,7 @@ def test_it_ends_when_it_has_gone_back_often_enough(tmp_path):
     assert guard.rollbacks == [Rollback(3, 0, 0, 3, 2)]
     words = (
         r"after step 9: router/mean hold numbers that are not finite, and the run has gone back 1"
-        r" times already \(guard\.rollbacks=1\); lower optim\.learning_rate.* or raise"
+        r" times already \(guard\.rollbacks=1\)\. It would go back to step 8\. Raise guard\.rollbacks"
     )
     with pytest.raises(Diverged, match=words):
         guard.go_back(Fault(9, ("router/mean",)), 8)
@@ -101,19 +101,48 @@ def test_the_record_survives_in_the_folder_and_in_checkpoints(tmp_path):
     first.go_back(Fault(7, ()), 4)
     # The checkpoint that it goes back to knows nothing of it; the folder does.
     resumed = guard_of(tmp_path)
-    resumed.restore(before)
+    resumed.restore(before, 4)
     assert resumed.rollbacks == [Rollback(7, 4, 4, 7, 3)]
     assert resumed.counts() == {"skipped": 3.0, "rollbacks": 1.0}
     # A copy of the checkpoints alone.
     copied = guard_of(tmp_path / "elsewhere")
-    copied.restore(json.loads(json.dumps(first.meta())))
+    copied.restore(json.loads(json.dumps(first.meta())), 5)
     assert copied.passed() == [(4, 7)]
     # Another run in the folder, in which batch 4 is another.
     assert Guard(freeze(vit_tree(**KEYS)), tmp_path, "other").passed() == []
     # A checkpoint that is older than all this.
     old = guard_of(tmp_path / "elsewhere")
-    old.restore({})
+    old.restore({}, 0)
     assert old.counts() == {"skipped": 0.0, "rollbacks": 0.0}
+
+
+def test_a_checkpoint_that_was_passed_by_at_a_rollback_passes_over_what_lies_behind_it(tmp_path):
+    # Step 8 could not be read when the run went back to step 4; a copy was put in its place since.
+    first = guard_of(tmp_path)
+    told(first, [0] * 5 + [1] * 5)
+    first.go_back(Fault(10, ()), 4)
+    assert first.passed() == [(4, 10)]
+    resumed = guard_of(tmp_path)
+    resumed.restore({}, 8)
+    assert resumed.passed() == [(8, 10)]
+    assert position(8, resumed.passed()) == 8
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"run": "run"}',
+        '{"run": "run", "rollbacks": [{"step": 1}]}',
+        '{"run": "run", "rollbacks": [[1, 2]]}',
+    ],
+)
+def test_a_damaged_record_is_refused_by_its_name(tmp_path, text):
+    (tmp_path / "rollbacks.json").write_text(text)
+    with pytest.raises(ValueError, match=r"rollbacks\.json"):
+        guard_of(tmp_path)
 
 
 def test_intervals_are_joined():
@@ -271,11 +300,11 @@ def test_the_rollback_is_told_in_the_logs_the_folder_and_the_checkpoints(interru
 def test_what_is_lost_of_the_state_is_restored_and_no_batch_passed_over(
     name, trained, without, tmp_path, monkeypatch, caplog
 ):
-    compile_train = loop._compile_train
+    compiled_train = loop.compile_train
     calls = []
 
     def poisoned(run, example):
-        compiled = compile_train(run, example)
+        compiled = compiled_train(run, example)
 
         def step(state, batch, key):
             calls.append(int(state["step"]))
@@ -290,7 +319,7 @@ def test_what_is_lost_of_the_state_is_restored_and_no_batch_passed_over(
     def edit(number, batch):
         return None if 4 <= number < 7 else nan_pixel(batch) if number == 1 else batch
 
-    monkeypatch.setattr(loop, "_compile_train", poisoned)
+    monkeypatch.setattr(loop, "compile_train", poisoned)
     with caplog.at_level(logging.WARNING, "train.guards"):
         trained(tmp_path, edit)
     # Lines are logged, and flags read, every third step: after step 6.
@@ -304,7 +333,7 @@ def test_what_is_lost_of_the_state_is_restored_and_no_batch_passed_over(
 
 
 def test_without_a_checkpoint_it_goes_back_to_the_start_and_in_the_end_gives_up(trained, tmp_path):
-    words = "after step 6: 2 steps in a row .* gone back 1 times already .*Step 4 is what it"
+    words = "after step 6: 2 steps in a row .* gone back 1 times already .* back to step 4"
     with pytest.raises(Diverged, match=words):
         trained(
             tmp_path, lambda n, batch: nan_pixel(batch) if n in (0, 1, 6, 7) else batch, log_every=1

@@ -15,7 +15,7 @@ from emoe_jax.checkpoint import Checkpoints
 from emoe_jax.config import ViTConfig
 from emoe_jax.models import EMoEViT
 from tests.train.tiny import lm_tree, mesh_of_one, vit_tree
-from train import loop
+from train import describe, loop
 from train.config import freeze, to_json
 from train.initial import by_block, initial_params, matching, place_params, with_positions
 from train.loop import train
@@ -160,7 +160,7 @@ def test_an_adapter_starts_from_its_backbone_and_keeps_it(
 
 
 def test_a_model_without_experts_says_so(backbone, tmp_path, one_device, lines):
-    loop._describe(build(freeze(vit_tree(model=PLAIN)), tmp_path))
+    describe.describe(build(freeze(vit_tree(model=PLAIN)), tmp_path))
     (size,) = [line for line in lines() if "active per token" in line]
     assert size.endswith("; no experts")
     assert "of them trained" not in size

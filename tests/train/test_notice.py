@@ -34,7 +34,7 @@ def test_the_loop_is_told_and_ends_with_the_code(number, capfd):
         with pytest.raises(notice.Interrupted):
             notice.check()
         with pytest.raises(SystemExit) as caught:
-            notice.end(2)
+            notice.end(2, 2)
     assert caught.value.code == 75
     assert [signal.getsignal(each) for each in notice.SIGNALS] == before
     told = f"{signal.Signals(number).name}: saving after this step, within 1e+06 s\n"

@@ -1,6 +1,7 @@
 """What of a run is saved when an error stops it, and what is not."""
 
 import logging
+import pathlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ import jax.numpy as jnp
 import pytest
 
 from emoe_jax.checkpoint import CheckpointError, Checkpoints
+from tests.train.tiny import vit_tree
 from train import cluster, rescue
+from train.config import freeze
+from train.guards import Guard, Record
 from train.rescue import Rescue
 
 POSITION = {"0": {"next": 3}}
@@ -27,12 +31,18 @@ def checkpoints(tmp_path: Path) -> Iterator[Checkpoints]:
 
 
 def stop(
-    checkpoints: Checkpoints, held: Any, error: BaseException, caplog: pytest.LogCaptureFixture
+    checkpoints: Checkpoints,
+    held: Any,
+    error: BaseException,
+    caplog: pytest.LogCaptureFixture,
+    skipped: bool = False,
 ) -> str:
     """Raises an error where a state of step 3 is held; the last that was logged."""
 
     def steps() -> None:
-        with Rescue(checkpoints, {"a": 1}) as saving:
+        guard = Guard(freeze(vit_tree()), pathlib.Path(str(checkpoints.directory)), "run")
+        guard.see(3, {"skipped": float(skipped), "loss": 1.0, "grad_norm": 1.0})
+        with Rescue(checkpoints, Record(guard, {"a": 1})) as saving:
             if held is not None:
                 saving.hold(3, held, POSITION)
             raise error
@@ -52,7 +62,14 @@ def test_the_last_whole_state_is_saved_with_its_position(checkpoints, error, cap
     wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), state())
     restored = checkpoints.restore(3, wanted)
     assert restored.train_state["params"]["w"].tolist() == [1.0] * 4
-    assert (restored.data_state, restored.meta) == (POSITION, {"a": 1})
+    counts = {"skipped": 0, "row": 0, "rollbacks": []}
+    assert (restored.data_state, restored.meta) == (POSITION, {"a": 1, "guard": counts})
+
+
+def test_in_a_row_of_skipped_steps_nothing_is_saved(checkpoints, caplog):
+    told = stop(checkpoints, state(), RuntimeError(), caplog, skipped=True)
+    assert told.endswith("step 3 is not saved: it is one of a row of skipped steps")
+    assert checkpoints.all_steps() == []
 
 
 def test_a_state_that_was_saved_already_is_not_saved_again(checkpoints, caplog):
@@ -72,8 +89,8 @@ def donated() -> dict[str, Any]:
     ("held", "words"),
     [
         (donated, "step 3 is not saved: step 4 had taken its memory"),
-        (lambda: state(float("nan")), "step 3 is not saved: it holds NaN or infinity"),
-        (lambda: state(float("inf")), "step 3 is not saved: it holds NaN or infinity"),
+        (lambda: state(float("nan")), "step 3 is not saved: params/w hold NaN or infinity"),
+        (lambda: state(float("inf")), "step 3 is not saved: params/w hold NaN or infinity"),
         (lambda: {"w": 1}, "step 3 could not be saved: "),
     ],
 )
@@ -95,9 +112,9 @@ def test_nothing_is_tried_before_a_step_at_an_exit_and_after_a_failed_save(
 
 
 def test_one_of_several_processes_saves_nothing_alone(checkpoints, caplog, monkeypatch):
-    monkeypatch.setattr(rescue.cluster, "stopped_alike", lambda text: text != "3")
+    monkeypatch.setattr(rescue.cluster, "stopped_alike", lambda text: text != "3 False")
     told = stop(checkpoints, state(), RuntimeError(), caplog)
-    assert "nothing is saved, as other processes have not stopped after the same step" in told
+    assert "nothing is saved, as other processes have not stopped at the same point" in told
     assert checkpoints.all_steps() == []
 
 

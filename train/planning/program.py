@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from emoe_jax import sharding
+from emoe_jax.attention import choose_attention
 from emoe_jax.config import LMConfig
-from emoe_jax.layers import choose_attention
 from train.config import ExperimentConfig, with_vocab
 from train.data.config import BYTE_VOCABULARY, TextConfig
 from train.planning.memory import length_of
