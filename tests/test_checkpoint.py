@@ -673,27 +673,13 @@ def test_two_processes_save_together_and_one_process_reads_it(tmp_path: Path) ->
     assert restored.meta == {"a": 1}
 
 
-def test_metrics_that_are_damaged_are_a_checkpoint_error(tmp_path: Path) -> None:
+def test_a_folder_that_orbax_cannot_open_is_a_checkpoint_error(tmp_path: Path) -> None:
     with Checkpoints(tmp_path, every=1) as checkpoints:
         save(checkpoints, 1, metrics={"eval/loss": 1.0})
     (file,) = (tmp_path / "1" / "metrics").glob("metrics")
-    file.write_text('{"eval/loss": 1.0')
-    with pytest.raises(CheckpointError, match="could not be opened: JSONDecodeError"):
-        Checkpoints(tmp_path, every=1)
-    file.write_text('{"eval/loss": "low"}')
-    with (
-        pytest.raises(CheckpointError, match="step 1 could not be read: ValueError"),
-        Checkpoints(tmp_path, every=1, read_only=True) as checkpoints,
-    ):
-        checkpoints.best_step()
-
-
-@pytest.mark.parametrize("key", ["digests", "data_state", "meta"])
-def test_a_damaged_record_of_a_step_is_a_checkpoint_error(tmp_path: Path, key: str) -> None:
+    file.write_text('{"eval/loss": 1.0')  # metrics are read from the record
     with Checkpoints(tmp_path, every=1) as checkpoints:
-        save(checkpoints, 1)
-        checkpoints.wait()
-        file = tmp_path / "1" / "run" / "metadata"
-        file.write_text(json.dumps(json.loads(file.read_text()) | {key: 3}))
-        with pytest.raises(CheckpointError, match="step 1 could not be read: TypeError"):
-            checkpoints.restore(1, on_one_device(state()))
+        assert checkpoints.best_step() == 1
+    (tmp_path / "1" / "_CHECKPOINT_METADATA").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match=r"could not be opened: RecursionError.* Move the"):
+        Checkpoints(tmp_path, every=1)

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import reprlib
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,15 @@ TASKS: dict[str, tuple[type, type]] = {
 
 FROM_DATA = {"lm": ("vocab_size",), "vit": ("image_size", "channels", "classes")}
 """Fields of the model that the data decide, so no experiment sets them."""
+
+
+def _require_timeout(name: str, seconds: float) -> None:
+    """Refuses what no timer takes, in whose thread nobody would see the error."""
+    require(
+        seconds <= threading.TIMEOUT_MAX,
+        f"{name}={seconds} is more than {threading.TIMEOUT_MAX:.0f}, which timers take at most; set"
+        " it lower",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +75,7 @@ class CheckpointConfig:
             f" {-(-self.keep_every // self.every) * self.every}",
         )
         require(self.grace_s > 0, f"checkpoint.grace_s={self.grace_s} is not above zero")
+        _require_timeout("checkpoint.grace_s", self.grace_s)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +132,8 @@ class GuardConfig:
         for name in ("skips", "rollbacks", "stall_s", "pause_s"):
             value = getattr(self, name)
             require(value >= 0, f"guard.{name}={value} is below zero")
+        for name in ("stall_s", "pause_s"):
+            _require_timeout(f"guard.{name}", getattr(self, name))
 
 
 @dataclasses.dataclass(frozen=True)

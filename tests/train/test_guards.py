@@ -87,7 +87,7 @@ def test_it_ends_when_it_has_gone_back_often_enough(tmp_path):
     assert guard.rollbacks == [Rollback(3, 0, 0, 3, 2)]
     words = (
         r"after step 9: router/mean hold numbers that are not finite, and the run has gone back 1"
-        r" times already \(guard\.rollbacks=1\)\. It would go back to step 8\. Raise guard\.rollbacks"
+        r" times already \(guard\.rollbacks=1\)\. It would go back to step 8\. Raise guard"
     )
     with pytest.raises(Diverged, match=words):
         guard.go_back(Fault(9, ("router/mean",)), 8)

@@ -77,3 +77,6 @@ def test_an_evaluation_is_left_in_its_middle(monkeypatch):
 def test_no_time_at_all_is_refused():
     with pytest.raises(ValueError, match=r"checkpoint\.grace_s=0\.0 is not above zero"):
         freeze(lm_tree(checkpoint={"grace_s": 0.0}))
+    for keys in ({"checkpoint": {"grace_s": 1e12}}, {"guard": {"stall_s": float(2**40)}}):
+        with pytest.raises(ValueError, match="which timers take at most; set it lower"):
+            freeze(lm_tree(**keys))
