@@ -18,7 +18,7 @@ from emoe_jax.config import (
 from emoe_jax.dispatch.selfcheck import check_exchange
 from emoe_jax.sharding import replicated
 from train import cluster, notice, provenance, sample
-from train.config import ExperimentConfig, changed_keys, digest, freeze, to_json
+from train.config import ExperimentConfig, digest, freeze
 from train.describe import count_parameters, describe
 from train.evaluate import (
     Evaluator,
@@ -33,7 +33,7 @@ from train.initial import check_frozen, initial_params, place_params
 from train.logs import RunLog
 from train.provenance import identity
 from train.rescue import Rescue
-from train.run import CONFIG_FILE, Run, build, open_checkpoints, read_config
+from train.run import Run, build, open_checkpoints
 from train.settle import calibrate, compile_forward, settle
 from train.telemetry import Meter
 from train.watchdog import Watchdog
@@ -93,7 +93,7 @@ def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[Scalars,
             told = guard.passed(), workdir / RECORD
             LOGGER.warning("batches %s are passed over, as %s says; delete it to begin anew", *told)
         state = _begin(run, forward, checkpoints, newest, batches, guard)
-        _write_config(tree, workdir)
+        provenance.write_config(tree, workdir)
 
         # ------------------------------------------------------------ training, unless it is done
         evaluator, result = compile_evaluate(run), None
@@ -102,18 +102,9 @@ def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[Scalars,
             about = Record(guard, provenance.meta(tree, config, workdir))
             watchdog, rescue = Watchdog(config.guard, workdir), Rescue(checkpoints, about)
             with watchdog, rescue, _Compilations() as counter:
+                passes = _Passes(compiled, forward, evaluator)
                 parts = _Parts(
-                    run,
-                    batches,
-                    compiled,
-                    forward,
-                    evaluator,
-                    checkpoints,
-                    counter,
-                    about,
-                    guard,
-                    watchdog,
-                    rescue,
+                    *(run, batches, passes, checkpoints, counter, about, guard, watchdog, rescue)
                 )
                 state, result = _train(parts, state, resumed)
         batches.close()
@@ -247,14 +238,20 @@ class _Compilations:
             self.count += 1
 
 
+class _Passes(NamedTuple):
+    """Compiled programs."""
+
+    train: Any
+    forward: Any
+    evaluator: Evaluator
+
+
 class _Parts(NamedTuple):
     """What the training steps work with."""
 
     run: Run
     batches: Any
-    compiled: Any
-    forward: Any
-    evaluator: Evaluator
+    passes: _Passes
     checkpoints: Checkpoints
     compilations: _Compilations
     about: Record
@@ -284,7 +281,7 @@ def _train(parts: _Parts, state: Tree, resumed: int | None) -> tuple[Tree, Any]:
             resumed = None if newest is None else newest.step
             guard.go_back(fault, resumed)
             notice.consult()
-            forward, checkpoints = parts.forward, parts.checkpoints
+            forward, checkpoints = parts.passes.forward, parts.checkpoints
             state = _begin(run, forward, checkpoints, newest, parts.batches, guard)
 
 
@@ -306,7 +303,7 @@ def _steps(parts: _Parts, log: RunLog, state: Tree, start: int) -> tuple[Tree, A
             jax.profiler.start_trace(str(checkpoints.directory.parent / PROFILE))
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             batch = run.to_devices(next(parts.batches), config.batch)
-            state, metrics = parts.compiled(state, batch, key)
+            state, metrics = parts.passes.train(state, batch, key)
         position, last = parts.batches.get_state(), step == config.steps
         if not last:
             parts.rescue.hold(step, state, position)
@@ -330,26 +327,18 @@ def _steps(parts: _Parts, log: RunLog, state: Tree, start: int) -> tuple[Tree, A
             jax.block_until_ready(state)
             with meter.left_out(), watchdog.during("the evaluation"):
                 if last:  # only what has settled is the state of the last step
-                    state = settle(run, parts.forward, state)
+                    state = settle(run, parts.passes.forward, state)
                     parts.rescue.hold(step, state, position)
                 result, stop = _evaluate(parts, state)
             if result is not None:
                 measured = result[0]
                 log.write(step, measured)
         before = parts.compilations.count
-        with watchdog.during("the checkpoint"):
-            was_saved = guard.may_save(step) and checkpoints.save(
-                step,
-                state,
-                data_state=position,
-                meta=parts.about.meta(),
-                metrics=measured,
-                force=last or stop or guard.owes,
-            )
-        in_saves += parts.compilations.count - before
-        if was_saved:
+        force = last or stop or guard.owes
+        if guard.may_save(step) and _save(parts, step, state, position, measured, force):
             guard.owes = False
             meter.saved(state)
+        in_saves += parts.compilations.count - before
         if stop:
             checkpoints.wait()
             notice.end(step, checkpoints.latest_step())
@@ -365,10 +354,30 @@ def _steps(parts: _Parts, log: RunLog, state: Tree, start: int) -> tuple[Tree, A
     return state, result, None
 
 
+def _save(
+    parts: _Parts,
+    step: int,
+    state: Tree,
+    position: Tree,
+    measured: dict[str, float],
+    force: bool,
+) -> bool:
+    """Starts to write a checkpoint if one is due, and tells whether."""
+    with parts.watchdog.during("the checkpoint"):
+        return parts.checkpoints.save(
+            step,
+            state,
+            data_state=position,
+            meta=parts.about.meta(),
+            metrics=measured,
+            force=force,
+        )
+
+
 def _evaluate(parts: _Parts, state: Tree) -> tuple[tuple[Scalars, Rows] | None, bool]:
     """The result of an evaluation, and whether the run is to end instead."""
     try:
-        return evaluate(parts.run, parts.evaluator, state), False
+        return evaluate(parts.run, parts.passes.evaluator, state), False
     except notice.Interrupted:
         return None, True
 
@@ -385,17 +394,3 @@ def compile_train(run: Run, example: dict[str, np.ndarray]) -> Any:
     step = jax.jit(run.steps.train, donate_argnums=0, out_shardings=(places, replicated(run.mesh)))
     batch = run.abstract_batch(example, run.config.batch)
     return cluster.compile_together(step.lower(run.abstract, batch, jax.eval_shape(run.key)))
-
-
-def _write_config(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> None:
-    """Writes config.json; says what changed since the run was started."""
-    if not cluster.is_first():
-        return
-    file = workdir / CONFIG_FILE
-    if file.is_file():
-        for line in changed_keys(read_config(file), tree.to_dict()):
-            LOGGER.warning("the configuration changed since this run began: %s", line)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(to_json(tree))
-    temporary.replace(file)
-    LOGGER.info("configuration %s in %s", digest(tree), file)

@@ -14,10 +14,12 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from ml_collections import config_dict
+
 from emoe_jax.config import BASIS_ROUTERS, BasisConfig, require
-from train import tables
+from train import cluster, tables
 from train.config import ExperimentConfig, changed_keys, digest, merged, to_json
-from train.run import TOKENIZER_FILE
+from train.run import CONFIG_FILE, TOKENIZER_FILE, read_config
 
 Tree = Any
 
@@ -112,3 +114,17 @@ def _tokenizer(workdir: pathlib.Path) -> str | None:
     """Hexadecimal SHA-256 of the run's tokenizer, None where there is none."""
     file = workdir / TOKENIZER_FILE
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+
+
+def write_config(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> None:
+    """Writes config.json; says what changed since the run was started."""
+    if not cluster.is_first():
+        return
+    file = workdir / CONFIG_FILE
+    if file.is_file():
+        for line in changed_keys(read_config(file), tree.to_dict()):
+            LOGGER.warning("the configuration changed since this run began: %s", line)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(to_json(tree))
+    temporary.replace(file)
+    LOGGER.info("configuration %s in %s", digest(tree), file)

@@ -81,13 +81,14 @@ def make_steps(
         before = serialization.from_state_dict(opt_state, state["opt"])
         updates, after = optimizer.update(grads, before, trained)
         new = {
-            "params": merge(optax.apply_updates(trained, updates), frozen),
+            "params": optax.apply_updates(trained, updates),
             "router": update_router_state(config.model.moe, state["router"], aux, progress),
             "opt": serialization.to_state_dict(after),
         }
         norm = global_norm(grads)
         good = all_finite((sums, norm, _of_bases(updates), new["router"]))
-        new = _chosen(good, new, {name: state[name] for name in new})
+        new = _chosen(good, new, {name: state[name] for name in new} | {"params": trained})
+        new["params"] = merge(new["params"], frozen)  # these go through as they are
         metrics = _task_metrics(sums, total) | {
             "grad_norm": norm,
             "learning_rate": learning_rate(_updates_made(before)),

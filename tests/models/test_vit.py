@@ -111,6 +111,9 @@ def test_the_last_block_computes_the_tokens_that_are_read_and_nothing_changes(va
     config = make_config(**{"pooling": "class", "moe_form": "adapter"} | values)
     split, params, router = pure.split(EMoEViT(config, rngs=nnx.Rngs(0)))
     images = draw((B, SIZE, SIZE, 2))
+    assert _last_width(split, params, router, images) == computed
+    if computed > 2:
+        return  # the program is the same as under `capture`
 
     def loss(params, capture):
         # Under `capture` all tokens are computed, as they are part of what is asked for.
@@ -120,21 +123,23 @@ def test_the_last_block_computes_the_tokens_that_are_read_and_nothing_changes(va
     step = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
     few, whole = step(params, False), step(params, True)
     jax.tree.map(_assert_near, few, whole)
-    assert _last_width(config, params, router, images) == computed
 
 
 def _assert_near(ours, theirs):
     chex.assert_trees_all_close(ours, theirs, atol=max(1e-7, 2e-6 * np.max(np.abs(theirs))))
 
 
-def _last_width(config, params, router, images):
+def _last_width(split, params, router, images):
     """Tokens that come out of the blocks."""
-    model = pure.split(EMoEViT(config, rngs=nnx.Rngs(0)))[0].bind(params, router)
-    x = model._embed(images)
-    order = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
-    rows = jnp.arange(B, dtype=jnp.int32)
-    out, _ = model.blocks(x, order, jnp.ones_like(order), order, rows, None)
-    return out.shape[1]
+
+    def blocks(params, images):
+        model = split.bind(params, router)
+        x = model._embed(images)
+        order = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+        rows = jnp.arange(B, dtype=jnp.int32)
+        return model.blocks(x, order, jnp.ones_like(order), order, rows, None)[0]
+
+    return jax.eval_shape(blocks, params, images).shape[1]
 
 
 def test_images_of_another_size_are_refused():

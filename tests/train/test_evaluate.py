@@ -158,7 +158,7 @@ def test_a_folder_without_run_or_checkpoint_is_refused(finished, tmp_path, one_d
 
 def test_a_damaged_config_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json is no JSON object .*Expecting property"):
+    with pytest.raises(ValueError, match=r"config\.json is no JSON .*Expecting property"):
         run.load_trained(tmp_path, {})
 
 
