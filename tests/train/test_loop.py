@@ -110,10 +110,10 @@ def stopped(finished, tmp_path_factory):
         age(workdir)
         level = loop.LOGGER.level
         loop.LOGGER.setLevel(logging.INFO)
-        loop.LOGGER.addHandler(messages)
+        logging.getLogger("train").addHandler(messages)
         tree.eval_every = 24
         train(tree, workdir)
-        loop.LOGGER.removeHandler(messages)
+        logging.getLogger("train").removeHandler(messages)
         loop.LOGGER.setLevel(level)
     return Stopped(*first, messages.lines)
 
