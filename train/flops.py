@@ -13,8 +13,7 @@ Tree = Any
 
 MATRICES = ("kernel", "w_gate", "w_up", "w_down", "basis", "directions", "masks")
 
-# Dense bfloat16 FLOP/s of one JAX device, by `jax.Device.device_kind`; sources in `peak_flops`.
-_PEAK_FLOPS = {
+PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
     "TPU v5e": 197e12,
@@ -31,6 +30,7 @@ _PEAK_FLOPS = {
     "NVIDIA H200": 989e12,
     "NVIDIA B200": 2250e12,
 }
+"""Dense bfloat16 FLOP/s of one JAX device, by `jax.Device.device_kind`; sources in `peak_flops`."""
 
 
 def peak_flops(device_kind: str) -> float | None:
@@ -49,7 +49,7 @@ def peak_flops(device_kind: str) -> float | None:
     Returns:
         FLOP/s, or None for a device that the table does not have, such as "cpu".
     """
-    return _PEAK_FLOPS.get(device_kind)
+    return PEAK_FLOPS.get(device_kind)
 
 
 def image_tokens(config: ViTConfig) -> int:

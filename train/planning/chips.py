@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from train.flops import PEAK_FLOPS
+
 GB = 1e9
 GIB = 2.0**30
 
@@ -49,6 +51,23 @@ class Chip:
 _TPU = "docs.cloud.google.com/tpu/docs/"
 _GPU = "NVIDIA data sheets: dense BF16 (half of the figure with sparsity), NVLink half of the total"
 
+
+def _gpu(name: str, kind: str, memory: float, hbm: float, link: float, machine: str) -> Chip:
+    """A GPU of which eight share a switch, each with an adapter of 400 Gb/s to other nodes."""
+    source = f"{_GPU}; one 400 Gb/s adapter a GPU ({machine})"
+    return Chip(
+        name,
+        PEAK_FLOPS[kind],
+        memory,
+        hbm,
+        link,
+        node=8,
+        across=50 * GB,
+        platform="gpu",
+        source=source,
+    )
+
+
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -56,7 +75,7 @@ CHIPS = {
         # one), halved for one direction. v4: 50 GB/s a link (arXiv 2304.01433, table 4).
         Chip(
             "v4",
-            275e12,
+            PEAK_FLOPS["TPU v4"],
             32 * GIB,
             1200 * GB,
             50 * GB,
@@ -67,7 +86,7 @@ CHIPS = {
         ),
         Chip(
             "v5e",
-            197e12,
+            PEAK_FLOPS["TPU v5e"],
             16 * GIB,
             819 * GB,
             50 * GB,
@@ -77,7 +96,7 @@ CHIPS = {
         ),
         Chip(
             "v5p",
-            459e12,
+            PEAK_FLOPS["TPU v5p"],
             95 * GIB,
             2765 * GB,
             100 * GB,
@@ -87,7 +106,7 @@ CHIPS = {
         ),
         Chip(
             "v6e",
-            918e12,
+            PEAK_FLOPS["TPU v6e"],
             32 * GIB,
             1638 * GB,
             100 * GB,
@@ -98,7 +117,7 @@ CHIPS = {
         # A chip is two devices: halves of its rates; its links are shared by both.
         Chip(
             "7x",
-            2307e12 / 2,
+            PEAK_FLOPS["TPU7x"],
             96 * GIB,
             7380 * GB / 2,
             100 * GB / 2,
@@ -107,39 +126,9 @@ CHIPS = {
             source=_TPU
             + "tpu7x: 2307 TFLOP/s, 192 GiB, 7380 GB/s, 1200 GB/s a chip of two devices",
         ),
-        Chip(
-            "h100",
-            989e12,
-            80 * GB,
-            3350 * GB,
-            450 * GB,
-            node=8,
-            across=50 * GB,
-            platform="gpu",
-            source=_GPU + "; one 400 Gb/s adapter a GPU (DGX H100)",
-        ),
-        Chip(
-            "h200",
-            989e12,
-            141 * GB,
-            4800 * GB,
-            450 * GB,
-            node=8,
-            across=50 * GB,
-            platform="gpu",
-            source=_GPU + "; one 400 Gb/s adapter a GPU (DGX H200)",
-        ),
-        Chip(
-            "b200",
-            2250e12,
-            180 * GB,
-            8000 * GB,
-            900 * GB,
-            node=8,
-            across=50 * GB,
-            platform="gpu",
-            source=_GPU + "; one 400 Gb/s adapter a GPU (DGX B200)",
-        ),
+        _gpu("h100", "NVIDIA H100 80GB HBM3", 80 * GB, 3350 * GB, 450 * GB, "DGX H100"),
+        _gpu("h200", "NVIDIA H200", 141 * GB, 4800 * GB, 450 * GB, "DGX H200"),
+        _gpu("b200", "NVIDIA B200", 180 * GB, 8000 * GB, 900 * GB, "DGX B200"),
         # One of eight virtual devices of a small machine: orders of magnitude, to be calibrated.
         Chip("cpu", 2e10, 4 * GIB, 5 * GB, 2 * GB, platform="cpu", source="a guess; --calibrate"),
     )
