@@ -14,6 +14,17 @@ NORM_EPSILON = 1e-6
 """Added to the mean square or variance before the root; timm's value for Vision Transformers."""
 
 
+def row_product(x: Array, kernel: Array) -> Array:
+    """x W of [...,in] and [in,out], accumulated in float32, as one product of a matrix of rows.
+
+    XLA on CPU takes twice as long for the gradients of a product with several leading axes
+    (docs/performance.md).
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    out = jnp.matmul(rows, kernel, preferred_element_type=jnp.float32)
+    return out.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
 class Linear(nnx.Module):
     """y = x W (+ b): weights float32, product in the compute dtype, accumulated in float32.
 
@@ -42,8 +53,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """Maps [...,in] to [...,out] in the compute dtype."""
-        kernel = self.kernel[...].astype(self.dtype)
-        out = jnp.matmul(x.astype(self.dtype), kernel, preferred_element_type=jnp.float32)
+        out = row_product(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
         if self.biased:
             out = out + self.bias[...]
         return out.astype(self.dtype)
@@ -166,5 +176,5 @@ class PatchEmbed(nnx.Module):
         tiles = images.reshape(B, height // p, p, width // p, p, channels)
         tiles = tiles.transpose(0, 1, 3, 2, 4, 5).reshape(B, -1, p * p * channels)
         kernel = self.kernel[...].reshape(p * p * channels, -1).astype(self.dtype)
-        out = jnp.matmul(tiles.astype(self.dtype), kernel, preferred_element_type=jnp.float32)
+        out = row_product(tiles.astype(self.dtype), kernel)
         return (out + self.bias[...]).astype(self.dtype)

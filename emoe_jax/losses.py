@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from emoe_jax.layers import row_product
+
 Array = jax.Array
 
 
@@ -67,7 +69,7 @@ def _unfold(parts: Array, shape: tuple[int, ...]) -> Array:
 def _chunk_loss(head: Array, part: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
     """Weighted loss [], probabilities [...,c,N], and which class is the target, of that shape."""
     hidden, targets, weights = part
-    logits = jnp.einsum("...d,nd->...n", hidden, head, preferred_element_type=jnp.float32)
+    logits = row_product(hidden, head.T)
     logits = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     exponential = jnp.exp(logits)
     total = jnp.sum(exponential, axis=-1)
@@ -87,18 +89,19 @@ def _forward(
         total, head_gradient = carry
         loss, probs, target = _chunk_loss(low, part)
         gap = ((probs - target.astype(jnp.float32)) * part[2][..., None]).astype(hidden.dtype)
-        hidden_gradient = jnp.einsum("...n,nd->...d", gap, low, preferred_element_type=jnp.float32)
+        hidden_gradient = row_product(gap, low)
+        # Of the shape [D,N]: for [N,D] XLA on CPU would first transpose the gap, which is large.
         tokens = tuple(range(gap.ndim - 1))
         step = jnp.tensordot(
-            gap, part[0], axes=(tokens, tokens), preferred_element_type=jnp.float32
+            part[0], gap, axes=(tokens, tokens), preferred_element_type=jnp.float32
         )
         return (total + loss, head_gradient + step), hidden_gradient.astype(hidden.dtype)
 
-    start = (jnp.zeros((), jnp.float32), jnp.zeros(head.shape, jnp.float32))
+    start = (jnp.zeros((), jnp.float32), jnp.zeros(head.shape[::-1], jnp.float32))
     parts = _split(hidden, targets, weights, chunk)
     (total, head_gradient), hidden_gradient = jax.lax.scan(add, start, parts)
     hidden_gradient = _unfold(hidden_gradient, hidden.shape)
-    kept = (hidden_gradient, head_gradient.astype(head.dtype), targets, weights)
+    kept = (hidden_gradient, head_gradient.T.astype(head.dtype), targets, weights)
     return total, kept
 
 

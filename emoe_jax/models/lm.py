@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from emoe_jax.config import LMConfig, require
-from emoe_jax.layers import RMSNorm
+from emoe_jax.layers import RMSNorm, row_product
 from emoe_jax.losses import chunked_cross_entropy
 from emoe_jax.models.stack import Stack
 from emoe_jax.moe import Aux
@@ -104,7 +104,7 @@ class EMoELM(nnx.Module):
     def logits(self, hidden: Array) -> Array:
         """Logits [...,N] float32 of hidden states [...,D]."""
         head = self._head().astype(hidden.dtype)
-        return jnp.einsum("...d,nd->...n", hidden, head, preferred_element_type=jnp.float32)
+        return row_product(hidden, head.T)
 
     def nll(
         self, batch: dict[str, Array], weights: Array, key: Array | None = None
