@@ -15,7 +15,7 @@ NORM_EPSILON = 1e-6
 
 
 def row_product(x: Array, kernel: Array) -> Array:
-    """x W of [...,in] and [in,out], accumulated in float32, as one product of a matrix of rows.
+    """Maps [...,in] by [in,out], accumulated in float32, as one product of a matrix of rows.
 
     XLA on CPU takes twice as long for the gradients of a product with several leading axes
     (docs/performance.md).
