@@ -14,6 +14,9 @@ a plain layer around `jax.lax.ragged_dot` or tokamax, see `train.bench_peers`.
 `exchange` counts the bytes that the experts' exchange moves between devices and times the layer on
 several devices (virtual ones on CPU) against one, see `train.bench_exchange`.
 
+`step` times the whole training step of an experiment, its telemetry and its data, and compares its
+memory with what is counted, see `train.bench_step`.
+
 `start` times how long `python -m train` takes to its first step, see `train.bench_start`.
 
 `checkpoints` times training with and without asynchronous checkpoints, see
@@ -34,12 +37,13 @@ from pathlib import Path
 
 from absl import flags
 
-from train import bench_checkpoints, bench_exchange, bench_grouped, bench_peers, timing
+from train import bench_checkpoints, bench_exchange, bench_grouped, bench_peers, bench_step, timing
 from train.bench_adapter import adapter
 from train.bench_all import measure_all
 from train.bench_router import routers
 from train.bench_start import starts
-from train.config import freeze
+from train.cli import overrides
+from train.config import ExperimentConfig, freeze, update
 from train.tables import check_json_path, print_table, write_json
 from train.timing import Row
 
@@ -91,7 +95,13 @@ flags.DEFINE_list(
 flags.DEFINE_integer("rank", 0, "router: R; 0: see BasisConfig.", flag_values=FLAGS)
 flags.DEFINE_list("peers", list(bench_peers.PEERS), "peers: which are timed.", flag_values=FLAGS)
 flags.DEFINE_string(
-    "config", "configs/lm_sotu.py", "start and checkpoints: the experiment.", flag_values=FLAGS
+    "config", "configs/lm_sotu.py", "start, step, checkpoints: the experiment.", flag_values=FLAGS
+)
+flags.DEFINE_multi_string(
+    "override",
+    [],
+    "start, step, checkpoints: a key of the experiment and its value, such as model.width=256.",
+    flag_values=FLAGS,
 )
 flags.DEFINE_integer(
     "every", 50, "checkpoints: steps between two.", lower_bound=1, flag_values=FLAGS
@@ -134,7 +144,7 @@ def _all() -> int:
 
 
 def _shape(names: Sequence[str]) -> str:
-    if names[0] in ("adapter", "start", "checkpoints"):
+    if names[0] in ("adapter", "step", "start", "checkpoints"):
         return f": {FLAGS.config}" if names[0] != "adapter" else ""
     return f": T={FLAGS.tokens} D={FLAGS.width} F={FLAGS.hidden} K={FLAGS.chosen} {FLAGS.dtype}"
 
@@ -167,7 +177,7 @@ def _shown(row: Row) -> Row:
     cells = {
         name: row[name] for name in (*names, "model", "dtype", "images", "rounds") if name in row
     }
-    for part in ("forward", "step", "layer", "router", "start", "plain", "saving"):
+    for part in ("forward", "step", "layer", "router", "start", "plain", "saving", "data"):
         if f"{part}_ms" not in row:
             continue
         cells[f"{part} ms"] = timing.shown(row, part)
@@ -183,6 +193,13 @@ def _shown(row: Row) -> Row:
             middle, least, most = (100 * row[f"{name}{end}"] for end in ("", "_min", "_max"))
             cells[f"{name.replace('_', ' ')} %"] = f"{middle:.1f} ({least:.1f} to {most:.1f})"
         cells["save call ms"] = f"{row['call_ms']:.1f}"
+    if "telemetry" in row:
+        cells["telemetry %"] = f"{100 * row['telemetry']:.2f}"
+        cells |= {f"{row['unit']}/s": f"{row['per_second']:,.0f}"}
+        cells |= {"MFU": f"{row['mfu']:.3f}"} if "mfu" in row else {}
+        cells["step / data"] = f"{row['data_factor']:.0f}"
+        if "memory_ratio" in row:
+            cells["memory / counted"] = f"{row['memory_ratio']:.2f}"
     if "apart" in row:
         cells["apart"] = f"{row['apart']:.1e}"
     if "compile_s" in row:
@@ -253,10 +270,38 @@ def checkpoints() -> list[Row]:
         ValueError: the experiment is impossible.
         FileNotFoundError: there is no such configuration.
     """
+    return bench_checkpoints.checkpoints(_experiment(), FLAGS.every, FLAGS.repeats)
+
+
+def step() -> list[Row]:
+    """Times whole training steps, see `train.bench_step.step`.
+
+    Raises:
+        ValueError: the experiment is impossible.
+        FileNotFoundError: there is no such configuration.
+    """
+    return bench_step.step(_experiment(), FLAGS.repeats)
+
+
+def start() -> list[Row]:
+    """Times starts, see `train.bench_start.starts`.
+
+    Raises:
+        ValueError: a run ended before its first step.
+        FileNotFoundError: there is no such configuration.
+    """
+    _experiment()
+    words = [f"--config.{word}" for word in FLAGS.override]
+    return starts(FLAGS.config, words, FLAGS.repeats)
+
+
+def _experiment() -> ExperimentConfig:
+    """What --config and --override name."""
     if not Path(FLAGS.config).is_file():
         raise FileNotFoundError(f"--config={FLAGS.config}: there is no such file.")
-    config = freeze(runpy.run_path(FLAGS.config)["get_config"]())
-    return bench_checkpoints.checkpoints(config, FLAGS.every, FLAGS.repeats)
+    tree = runpy.run_path(FLAGS.config)["get_config"]()
+    update(tree, overrides(FLAGS.override))
+    return freeze(tree)
 
 
 BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
@@ -266,7 +311,8 @@ BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
     "adapter": lambda: adapter(FLAGS.images, FLAGS.repeats, FLAGS.model, FLAGS.dtype),
     "exchange": exchange,
     "checkpoints": checkpoints,
-    "start": lambda: starts(FLAGS.config, (), FLAGS.repeats),
+    "step": step,
+    "start": start,
 }
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import ast
 import logging
 import os
 import pathlib
+import reprlib
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -170,10 +171,30 @@ def _check_config(argv: Sequence[str]) -> None:
         there = ", ".join(sorted(str(other) for other in file.parent.glob("[!_]*.py")))
         raise ValueError(f"--config={path}: there is no such file; there are: {there or 'none'}")
     known = flat_keys(flags.FLAGS["config"].parser.parse(path))
-    given = [arg[len("--config.") :].split("=")[0] for arg in argv if arg.startswith("--config.")]
-    for name in given:
+    for arg in argv:
+        if not arg.startswith("--config."):
+            continue
+        name, _, value = arg[len("--config.") :].partition("=")
         if not any(key == name or key.startswith(f"{name}.") for key in known):
             raise ValueError(unknown_key(name, known))
+        _check_depth(name, value)
+
+
+def _check_depth(name: str, value: str) -> None:
+    """Refuses what Python's parser cannot read, as brackets stand too deep in each other.
+
+    Raises:
+        ValueError: says so.
+    """
+    try:
+        ast.literal_eval(value)
+    except (RecursionError, MemoryError) as error:
+        raise ValueError(
+            f"--config.{name} is given {reprlib.repr(value)}, which is nested too deeply to be"
+            " read; a value is a number, a word, or a tuple of them"
+        ) from error
+    except (ValueError, SyntaxError, TypeError):
+        return
 
 
 def _value(argv: Sequence[str], name: str) -> str | None:

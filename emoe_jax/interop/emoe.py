@@ -22,6 +22,9 @@ State = Mapping[str, np.ndarray]
 Source = str | pathlib.Path | State
 Config = Mapping[str, Any]
 
+TOLD = 100
+"""Lines of an error at most."""
+
 
 def load(source: Source, config: Config | None = None) -> EMoEViT:
     """The model of a checkpoint: `load_emoe` where its names begin with vit., `load_vit` else.
@@ -281,7 +284,10 @@ def _with_positions(state: State, config: ViTConfig) -> tuple[State, list[str]]:
 
 
 def _report(what: str, lines: list[str]) -> str:
-    return f"{what}; nothing was loaded:\n  " + "\n  ".join(lines)
+    told = lines[:TOLD]
+    if len(lines) > TOLD:
+        told.append(f"and {len(lines) - TOLD} more")
+    return f"{what}; nothing was loaded:\n  " + "\n  ".join(told)
 
 
 def _part(state: State, prefix: str) -> dict[str, np.ndarray]:

@@ -9,6 +9,7 @@ import io
 import json
 import random
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -245,7 +246,8 @@ def damage_zip(draw: random.Random, data: bytes, others: Sequence[bytes] = ()) -
         entries[number] = (name, damage(draw, content))
     file = io.BytesIO()
     method = zipfile.ZIP_DEFLATED if draw.random() < 0.1 else zipfile.ZIP_STORED
-    with zipfile.ZipFile(file, "w", method) as archive:
+    with warnings.catch_warnings(), zipfile.ZipFile(file, "w", method) as archive:
+        warnings.simplefilter("ignore", UserWarning)  # a name twice is damage that is meant
         for name, content in entries:
             info = zipfile.ZipInfo(name[:65535])
             info.compress_type = method

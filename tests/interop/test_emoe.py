@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 from emoe_jax import ViTConfig, interop, pure
 from emoe_jax.config import BasisConfig, MoEConfig
+from emoe_jax.interop import emoe
 from emoe_jax.models import EMoEViT
 from emoe_jax.moe import auxiliary_loss
 
@@ -249,6 +250,15 @@ def test_all_wrong_keys_are_reported_at_once(top1):
         "shape: branches.0.router.gamma is (3,), expected (16,)",
     ):
         assert line in str(error.value)
+
+
+def test_of_very_many_wrong_keys_the_first_are_told(top1):
+    extra = {f"extra_{n:04}": np.zeros(2) for n in range(3 * emoe.TOLD)}
+    with pytest.raises(ValueError, match="nothing was loaded") as error:
+        interop.load_emoe(top1.state | extra, top1.config)
+    _, *lines, last = str(error.value).splitlines()
+    assert lines == [f"  unexpected: extra_{n:04} (2,)" for n in range(emoe.TOLD)]
+    assert last == f"  and {2 * emoe.TOLD} more"
 
 
 def test_what_the_release_has_no_place_for_is_refused(top1):

@@ -32,7 +32,8 @@ def test_help_lists_benchmarks(capsys):
     assert bench.main(["bench", "--help"]) == 0
     printed = capsys.readouterr().out
     assert (
-        "Benchmarks: grouped, router, peers, adapter, exchange, checkpoints, start, all." in printed
+        "Benchmarks: grouped, router, peers, adapter, exchange, checkpoints, step, start, all."
+        in printed
     )
     assert "--tokens" in printed
 

@@ -17,6 +17,7 @@ CASES = {
     "unknown key": ["train", TINY, "--workdir={}", "--config.moe.experst=4"],
     "unknown group": ["train", TINY, "--workdir={}", "--config.meo.experts=4"],
     "wrong type": ["train", TINY, "--workdir={}", "--config.steps=many"],
+    "too deep": ["train", TINY, "--workdir={}", "--config.seed=" + "-" * 20000 + "1"],
     "impossible value": ["train", TINY, "--workdir={}", "--config.moe.top_k=9"],
     "unknown router": ["train", TINY, "--workdir={}", "--config.moe.router=eigne"],
     "no config": ["train", "--workdir={}"],
@@ -90,6 +91,10 @@ def start(arguments: list[str], folder: pathlib.Path) -> subprocess.Popen[str]:
         ),
         ("unknown group", "config key 'meo.experts' does not exist; did you mean 'moe.experts'?"),
         ("wrong type", "--config.steps=many"),
+        (
+            "too deep",
+            "--config.seed is given '------------...------------1', which is nested too deep",
+        ),
         ("impossible value", "top_k=9 is more than experts=4: a token can go to at most all"),
         ("unknown router", "router='eigne' is not known; choose one of whitened, eigen"),
         ("no config", "Flag --config must have a value"),

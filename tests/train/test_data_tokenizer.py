@@ -134,7 +134,8 @@ def test_a_tokenizer_that_would_drop_a_byte_is_refused(tmp_path: pathlib.Path) -
     file = tmp_path / "tokenizer.json"
     BYTES.save(file)
     tree = json.loads(file.read_text(encoding="utf-8"))
-    del tree["model"]["vocab"]["2"]
+    vocabulary = tree["model"]["vocab"]
+    vocabulary["twenty"] = vocabulary.pop("2")
     file.write_text(json.dumps(tree))
     with pytest.raises(ValueError, match=r"tokenizer\.json .* has no token for the byte 0x32"):
         Tokenizer.load(file)
@@ -172,6 +173,17 @@ def test_one_foreign_special_token_serves_as_both() -> None:
     assert tokenizer.bos_id == tokenizer.eos_id == 256
     assert tokenizer.decode(tokenizer.encode("aé")) == "aé"
     assert tokenizer.encode("a").tolist() != [97]  # its alphabet is sorted another way
+
+
+def test_an_id_of_two_tokens_is_refused(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "theirs.json"
+    train_bpe(["abab abab"], 259).save(path)
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = tree["model"]["vocab"]
+    vocabulary["\u0143"] = 258  # the merge's
+    path.write_text(json.dumps(tree), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"theirs.json has 259 tokens, but only 258 ids"):
+        Tokenizer.load(path)
 
 
 @pytest.mark.parametrize(

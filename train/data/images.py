@@ -32,8 +32,6 @@ _FASHION_MEAN, _FASHION_STD = 0.2860, 0.3530
 _FASHION_DIR = "/usr/share/datasets/fashion-mnist"
 # http://yann.lecun.com/exdb/mnist: two zero bytes, the type (8: unsigned byte), the dimensions.
 _IDX_UNSIGNED_BYTE = 8
-# Bytes that one byte of a gzip file can stand for (zlib.net, "zlib technical details").
-_DEFLATE_MOST = 1032
 
 # What Pillow may take bytes for: it has readers that start programs (EPS) or follow references.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
@@ -197,24 +195,33 @@ def read_idx(file: pathlib.Path, dimensions: int) -> np.ndarray:
     Raises:
         ValueError: If it is damaged, truncated or of another kind.
     """
-    packed = file.suffix == ".gz"
-    with gzip.open(file) if packed else file.open("rb") as stream:
+    with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
         try:
             shape = _read_idx_header(stream, file, dimensions)
             size = math.prod(shape)
-            # Memory is taken for what can be there, whatever the header promises.
-            most = file.stat().st_size * (_DEFLATE_MOST if packed else 1)
-            data = stream.read(size + 1) if size <= most else b""
+            # Memory is taken once it is known to be there, whatever the header promises.
+            found = _count(stream, size + 1)
+            data = stream.read(size) if found == size else b""
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(f"{file} is damaged: {error}; fetch it again") from error
-    if len(data) != size:
-        found = f"at most {most}" if size > most else f"{len(data)}"
-        found = f"more than {size}" if len(data) > size else found
+    if found != size:
         raise ValueError(
-            f"{file} holds {found} values, but its header promises {size} "
-            f"({' x '.join(map(str, shape))}); fetch it again"
+            f"{file} holds {found if found < size else f'more than {size}'} values, but its header "
+            f"promises {size} ({' x '.join(map(str, shape))}); fetch it again"
         )
     return np.frombuffer(data, np.uint8).reshape(shape)
+
+
+def _count(stream: io.BufferedIOBase, most: int) -> int:
+    """Bytes to the end of a stream, at most so many or a piece more; few are held at a time.
+
+    The stream stays where it is.
+    """
+    here, count = stream.tell(), 0
+    while count < most and (piece := stream.read(2**20)):
+        count += len(piece)
+    stream.seek(here)
+    return count
 
 
 def _read_idx_header(

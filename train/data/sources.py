@@ -64,8 +64,8 @@ def load_documents(source: str, config: TextConfig) -> Documents:
     if not train:
         raise ValueError(
             f"source {source!r} has {len(texts)} document, which is held out (document i is held "
-            f"out if i % {config.heldout_every} == 0): nothing is left to train on; give at least "
-            "2 documents, for example as the lines of a .jsonl file"
+            f"out if i % data.heldout_every == 0, here {config.heldout_every}): nothing is left to "
+            "train on; give at least 2 documents, for example as the lines of a .jsonl file"
         )
     return Documents(source, train, tuple(texts[:: config.heldout_every]), streamed=False)
 

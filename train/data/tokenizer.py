@@ -59,8 +59,15 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        ids = set(vocabulary.values())
+        if len(ids) < len(vocabulary):
+            raise ValueError(
+                f"{name} has {len(vocabulary)} tokens, but only {len(ids)} ids: an id that stands "
+                "for two tokens is decoded to the wrong text; fetch it again, or use 'bpe' or "
+                "'bytes'"
+            )
         # One more than the largest id: the file of another project may leave gaps between ids.
-        ids = backend.get_vocab(with_added_tokens=True).values()
         self.vocab_size: int = max(ids, default=-1) + 1
         if not 0 < self.vocab_size <= _MOST_IDS:
             raise ValueError(
