@@ -90,7 +90,9 @@ class _Trial:
         batch = self.run.to_devices(next(self.batches), self.run.config.batch)
         jax.block_until_ready(batch)
         times = {"data": time.perf_counter() - began}
-        for name, compiled in self.compiled.items():
+        # By turns one of them comes first.
+        for name in sorted(self.compiled, reverse=bool(self.number % 2)):
+            compiled = self.compiled[name]
             began = time.perf_counter()
             self.states[name], metrics = compiled(self.states[name], batch, self.run.key())
             jax.block_until_ready((self.states[name], metrics))

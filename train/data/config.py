@@ -34,7 +34,8 @@ class TextConfig:
             depends on the number of shards, and not on that of processes.
         heldout_every: Document i of the sorted list is held out if i % heldout_every == 0. A
             tfds source that has a validation or test split uses that split in its place.
-        cache_dir: Folder of trained tokenizers; empty: emoe_jax under $XDG_CACHE_HOME or ~/.cache.
+        cache_dir: Folder of trained tokenizers and of the ids of texts; empty: emoe_jax under
+            $XDG_CACHE_HOME or ~/.cache.
         text_key: Key or column of the text in .jsonl, .parquet and tfds sources.
         tfds_dir: Folder of prepared tfds datasets; empty: $TFDS_DATA_DIR or ~/tensorflow_datasets.
         tfds_train_split: Split to train on.

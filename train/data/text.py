@@ -20,6 +20,7 @@ from grain import experimental as grain_experimental
 from emoe_jax import json_file
 from train.data import packing, shards, sources
 from train.data.config import BYTE_VOCABULARY, TextConfig
+from train.data.encoded import encoded
 from train.data.tokenizer import Tokenizer, byte_tokenizer, cached_bpe, write_atomically
 
 __all__ = ["TextConfig", "TextData", "load_text"]
@@ -57,10 +58,11 @@ class TextData:
 
         Programs that only score or sample never ask for them.
         """
-        return tuple(
-            () if each.streamed else tuple(_frame_all(self.tokenizer, each.train))
-            for each in self._documents
-        )
+        return tuple(() if each.streamed else self._framed(each.train) for each in self._documents)
+
+    def _framed(self, texts: Sequence[str]) -> tuple[np.ndarray, ...]:
+        ids = encoded(self.tokenizer, texts, self.config.cache_dir)
+        return tuple(_framed(self.tokenizer, ids))
 
     @property
     def train_targets(self) -> int:
@@ -171,7 +173,7 @@ def load_text(config: TextConfig, *, tokenizer_path: pathlib.Path | None = None)
     heldout = [text for each in documents for text in each.heldout if text]
     if not heldout:
         raise ValueError(f"the held-out documents of {config.sources} hold no text")
-    framed = tuple(_frame_all(tokenizer, heldout))
+    framed = tuple(_framed(tokenizer, encoded(tokenizer, heldout, config.cache_dir)))
     return TextData(
         config=config,
         tokenizer=tokenizer,
@@ -285,11 +287,11 @@ def _check_vocab_size(config: TextConfig, tokenizer: Tokenizer, path: pathlib.Pa
 
 def _frame(tokenizer: Tokenizer, text: str) -> np.ndarray:
     """Returns BOS, the text's ids, EOS."""
-    return _frame_all(tokenizer, [text])[0]
+    return _framed(tokenizer, [tokenizer.encode(text)])[0]
 
 
-def _frame_all(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
-    """Returns for each text BOS, its ids, EOS."""
+def _framed(tokenizer: Tokenizer, documents: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Returns for each document's ids BOS, these, EOS."""
     bos = np.array([tokenizer.bos_id], np.int32)
     eos = np.array([tokenizer.eos_id], np.int32)
-    return [np.concatenate([bos, ids, eos]) for ids in tokenizer.encode_batch(texts)]
+    return [np.concatenate([bos, ids, eos]) for ids in documents]

@@ -129,6 +129,10 @@ class Tokenizer:
         data = b"".join(self._bytes_of.get(int(i), unknown) for i in ids)
         return data.decode("utf-8", errors="replace")
 
+    def identity(self) -> str:
+        """What decides the ids of a text: the tokenizer's file, and the library's version."""
+        return f"tokenizers {tokenizers.__version__}\n{self._backend.to_str()}"
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the tokenizer as one tokenizer.json; the file appears whole or not at all.
 
@@ -319,13 +323,13 @@ def _special_id(backend: tokenizers.Tokenizer, names: Sequence[str], name: str) 
     )
 
 
-def write_atomically(path: pathlib.Path, text: str) -> None:
+def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
     """Writes a file under another name and renames it, for readers that come in between."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
         os.replace(temporary, path)
     except BaseException:
         pathlib.Path(temporary).unlink(missing_ok=True)
