@@ -94,8 +94,10 @@ _READ_ONLY = ocp.CheckpointManagerOptions(save_interval_steps=0, create=False, r
 def _registry() -> ocp.handlers.CheckpointHandlerRegistry:
     """Names the two items, so that a new process can read what an earlier one wrote."""
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    # zstd takes more processor time than all the rest of a save, and weights hardly shrink.
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False)
     for args in (ocp.args.PyTreeSave, ocp.args.PyTreeRestore):
-        registry.add(STATE, args)
+        registry.add(STATE, args, handler)
     for args in (ocp.args.JsonSave, ocp.args.JsonRestore):
         registry.add(RUN, args)
     return registry
