@@ -63,9 +63,10 @@ def load_documents(source: str, config: TextConfig) -> Documents:
     train = [text for i, text in enumerate(texts) if i % config.heldout_every]
     if not train:
         raise ValueError(
-            f"source {source!r} has {len(texts)} document, which is held out (document i is held "
-            f"out if i % data.heldout_every == 0, here {config.heldout_every}): nothing is left to "
-            "train on; give at least 2 documents, for example as the lines of a .jsonl file"
+            f"source {source!r} has {len(texts)} document, in {paths[0]}, which is held out "
+            f"(document i is held out if i % data.heldout_every == 0, here {config.heldout_every}):"
+            " nothing is left to train on; give at least 2 documents, for example as the lines of a"
+            " .jsonl file"
         )
     return Documents(source, train, tuple(texts[:: config.heldout_every]), streamed=False)
 
