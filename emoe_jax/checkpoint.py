@@ -284,7 +284,9 @@ class Checkpoints:
         # Copies that several processes hold are read by each: all must know of one that is bad.
         changed = sorted({k for names in gather_texts(json.dumps(here)) for k in json.loads(names)})
         if changed:
-            raise self._read_failure(step, f"{', '.join(changed)} hold other bits than were saved")
+            raise self._read_failure(
+                step, f"other bits than were saved are in {', '.join(changed)}"
+            )
         filled = jax.tree.map_with_path(
             lambda path, _: arrays["/".join(part.key for part in path)], abstract
         )

@@ -55,9 +55,9 @@ def not_read(
 ) -> CheckpointDamaged:
     """The error of a step that is listed but cannot be used."""
     return CheckpointDamaged(
-        f"The checkpoint of step {step} could not be read: {why}. If its files are damaged, "
-        f"move the folder {directory / str(step)} away and resume from another step "
-        f"({others or 'there is none'}).",
+        f"The checkpoint of step {step} could not be read: {why}. Training goes on from the newest "
+        f"one in {directory} that is whole; for another program name one with --step "
+        f"({', '.join(map(str, others)) or 'there is no other'}).",
         why,
     )
 

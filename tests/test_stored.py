@@ -52,14 +52,13 @@ def test_arrays_of_eight_devices_are_read_one_by_one_on_one(folder: epath.Path) 
 
 
 def test_damage_is_told_with_array_and_file(folder: epath.Path) -> None:
-    (values,) = stored.files_of(folder, "a/w")
-    flip(folder / values)
+    files = stored.files_of(folder, "a/w")  # the shards lie in one, or in two
+    flip(folder / files[0])
     (damage,) = stored.examine(folder)
     assert damage.array == "a/w"
-    assert damage.files == [values]
-    # Which of the two it is depends on the place of the byte in the compressed stream.
-    assert "other bits than were saved" in damage.reason or "Error" in damage.reason
-    (folder / values).unlink()
+    assert damage.files == files
+    assert "other bits than were saved" in damage.reason
+    (folder / files[0]).unlink()
     (damage,) = stored.examine(folder)
     assert damage.array == "a/w"
     assert 'Error reading "a.w/' in damage.reason

@@ -297,9 +297,10 @@ def start() -> list[Row]:
 
 def _experiment() -> ExperimentConfig:
     """What --config and --override name."""
-    if not Path(FLAGS.config).is_file():
+    path, _, argument = FLAGS.config.partition(":")  # as `python -m train` takes it
+    if not Path(path).is_file():
         raise FileNotFoundError(f"--config={FLAGS.config}: there is no such file.")
-    tree = runpy.run_path(FLAGS.config)["get_config"]()
+    tree = runpy.run_path(path)["get_config"](*([argument] if argument else []))
     update(tree, overrides(FLAGS.override))
     return freeze(tree)
 

@@ -12,6 +12,7 @@ All of it is timed in turn, one of each a round.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
 import statistics
@@ -24,7 +25,6 @@ import jax
 from emoe_jax import sharding
 from train import cluster
 from train.config import ExperimentConfig
-from train.flops import peak_flops
 from train.logs import RunLog
 from train.loop import compile_train
 from train.planning.memory import predict, weigh
@@ -57,13 +57,12 @@ def step(config: ExperimentConfig, repeats: int) -> list[Row]:
     """
     with tempfile.TemporaryDirectory() as folder:
         run = build(config, pathlib.Path(folder))
-        trial = _Trial(run, pathlib.Path(folder), total=repeats + 1)
-        trial.round()  # not timed
-        rounds = [trial.round() for _ in range(repeats)]
-        trial.close()
+        with contextlib.closing(_Trial(run, pathlib.Path(folder), total=repeats + 1)) as trial:
+            trial.round()  # not timed
+            rounds = [trial.round() for _ in range(repeats)]
     times = {part: [each[part] for each in rounds] for part in PARTS}
     row: Row = {"experiment": config.task, "rounds": repeats}
-    return [row | _times(run, times, trial.flops) | _memory(run, trial.compiled["step"])]
+    return [row | _times(run, times, trial.meter) | _memory(run, trial.compiled["step"])]
 
 
 class _Trial:
@@ -80,7 +79,6 @@ class _Trial:
         self.states = {name: run.init() for name in self.compiled}
         self.metrics: Tree = None
         self.meter = Meter(run, 0, self.states["step"])
-        self.flops = self.meter.flops
         self.log = RunLog(folder, total_steps=total, unit=run.unit, enabled=cluster.is_first())
 
     def round(self) -> dict[str, float]:
@@ -99,7 +97,8 @@ class _Trial:
             times[name] = time.perf_counter() - began
             self.metrics = metrics if name == "step" else self.metrics
         began = time.perf_counter()
-        self.meter.see(self.number, self.metrics)
+        for _ in range(self.run.config.log_every):
+            self.meter.see(self.number, self.metrics)
         self.meter.log(self.number, self.metrics, self.states["step"], self.log)
         return times | {"log": time.perf_counter() - began}
 
@@ -119,7 +118,7 @@ def _bare(run: Run, example: Tree) -> Any:
     return compile_train(dataclasses.replace(run, steps=run.steps._replace(train=bare)), example)
 
 
-def _times(run: Run, times: dict[str, list[float]], flops: float) -> Row:
+def _times(run: Run, times: dict[str, list[float]], meter: Meter) -> Row:
     row: Row = {"unit": run.unit}
     for part in PARTS:
         row |= milliseconds(part, times[part])
@@ -129,9 +128,8 @@ def _times(run: Run, times: dict[str, list[float]], flops: float) -> Row:
     row |= {"telemetry": metrics + logs, "telemetry_in_step": metrics, "telemetry_logs": logs}
     row["data_factor"] = whole / statistics.median(times["data"])
     row["per_second"] = run.units_per_step / whole
-    peak = peak_flops(jax.devices()[0].device_kind)
-    if peak is not None:
-        row["mfu"] = row["per_second"] * flops / (peak * jax.device_count())
+    if meter.peak is not None:
+        row["mfu"] = row["per_second"] * meter.flops / meter.peak
     return row
 
 

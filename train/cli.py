@@ -171,13 +171,13 @@ def _check_config(argv: Sequence[str]) -> None:
         there = ", ".join(sorted(str(other) for other in file.parent.glob("[!_]*.py")))
         raise ValueError(f"--config={path}: there is no such file; there are: {there or 'none'}")
     known = flat_keys(flags.FLAGS["config"].parser.parse(path))
-    for arg in argv:
+    for arg, following in zip(argv, [*argv[1:], ""], strict=True):
         if not arg.startswith("--config."):
             continue
-        name, _, value = arg[len("--config.") :].partition("=")
+        name, equals, value = arg[len("--config.") :].partition("=")
         if not any(key == name or key.startswith(f"{name}.") for key in known):
             raise ValueError(unknown_key(name, known))
-        _check_depth(name, value)
+        _check_depth(name, value if equals else following)
 
 
 def _check_depth(name: str, value: str) -> None:

@@ -251,7 +251,9 @@ def update(config: config_dict.ConfigDict, values: Mapping[str, Any]) -> None:
         try:
             config.update_from_flattened_dict({name: value})
         except TypeError as error:
-            raise ValueError(f"config key {name!r} cannot be {value!r}: {error}") from None
+            raise ValueError(
+                f"config key {name!r} cannot be {reprlib.repr(value)}: {error}"
+            ) from None
 
 
 def replaced(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from ml_collections import config_dict
 
 from emoe_jax.config import BASIS_ROUTERS, BasisConfig, require
@@ -71,10 +72,12 @@ def meta(tree: Mapping[str, Any], config: ExperimentConfig, workdir: pathlib.Pat
 
     Returns:
         `identity` and under `MADE`: `config`, its `digest`, `tokenizer` (the file's hash, None for
-        images), and what `tables.run_facts` says: command, device, versions, commit.
+        images), how many `devices`, and what `tables.run_facts` says: command, device, versions,
+        commit.
     """
     plain = json.loads(to_json(tree))
     facts = {"config": plain, "digest": digest(plain), "tokenizer": _tokenizer(workdir)}
+    facts["devices"] = jax.device_count()
     return identity(config) | {MADE: facts | tables.run_facts()}
 
 

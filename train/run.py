@@ -328,13 +328,23 @@ def load_trained(
 
 def _build_trained(workdir: pathlib.Path, overrides: Mapping[str, Any]) -> Run:
     """The parts of the run in a folder."""
+    return build(freeze(replaced(read_run_config(workdir), overrides)), workdir)
+
+
+def read_run_config(workdir: pathlib.Path) -> dict[str, Any]:
+    """The keys of the run in a folder, see `read_config`.
+
+    Raises:
+        FileNotFoundError: the folder holds no run.
+        ValueError: its file is damaged.
+    """
     file = workdir / CONFIG_FILE
     if not file.is_file():
         raise FileNotFoundError(
             f"--workdir={workdir} holds no run: there is no {CONFIG_FILE}; train one there with"
             f" python -m train --config=configs/NAME.py --workdir={workdir}"
         )
-    return build(freeze(replaced(read_config(file), overrides)), workdir)
+    return read_config(file)
 
 
 def is_saved_model(folder: pathlib.Path) -> bool:

@@ -7,8 +7,10 @@ import sys
 import jax
 import pytest
 
+from emoe_jax.sharding import AXES
 from tests.train.tiny import lm_tree, write_corpus
 from train import bench, bench_step
+from train.planning.memory import predict, weigh
 from train.timing import milliseconds
 
 
@@ -42,22 +44,27 @@ def test_a_row_for_the_step_and_what_stands_beside_it(file, one_device, tmp_path
         assert 0 < row[f"{part}_ms_min"] <= row[f"{part}_ms"] <= row[f"{part}_ms_max"]
     tokens = 2 * config_of(file).data.sequence_length
     assert row["per_second"] == pytest.approx(tokens / (row["step_ms"] / 1e3))
-    assert row["peak_bytes"] / row["counted_bytes"] == row["memory_ratio"]
+    config = config_of(file)
+    memory = predict(config, weigh(config), dict.fromkeys(AXES, 1))
+    assert row["counted_bytes"] == memory.parameters + memory.optimizer + memory.activations
+    assert row["peak_bytes"] > memory.parameters + memory.optimizer
 
 
-def test_shares_are_of_the_median_step(file, one_device, monkeypatch):
+def test_shares_are_of_the_median_step(file):
     class Run:
         unit, units_per_step = "tokens", 100
         config = dataclasses.replace(config_of(file), log_every=10)
 
-    monkeypatch.setattr(bench_step, "peak_flops", lambda kind: 1e3)
+    class Meter:
+        flops, peak = 6.0, 1e3
+
     times = {"step": [2.0, 4.0], "bare": [1.0, 2.0], "log": [3.0, 3.0], "data": [0.5, 1.0]}
-    row = bench_step._times(Run(), times, flops=6.0)
+    row = bench_step._times(Run(), times, Meter())
     assert row["telemetry_in_step"] == pytest.approx(1 / 2)
     assert row["telemetry_logs"] == pytest.approx(3 / 10 / 3)
     assert row["telemetry"] == pytest.approx(0.6)
     assert row["data_factor"] == pytest.approx(4)
-    assert row["mfu"] == pytest.approx(100 / 3 * 6 / (1e3 * jax.device_count()))
+    assert row["mfu"] == pytest.approx(100 / 3 * 6 / 1e3)
     assert row | milliseconds("bare", times["bare"]) == row
 
 
@@ -67,6 +74,8 @@ def test_without_routing_metrics_a_step_trains_the_same(file, one_device, tmp_pa
     for _ in range(2):
         trial.round()
     trial.close()
+    shapes = {name: compiled.out_info[1] for name, compiled in trial.compiled.items()}
+    assert shapes["step"].keys() - shapes["bare"].keys() == {"router"}
     same = jax.tree.map(lambda a, b: bool((a == b).all()), *trial.states.values())
     assert all(jax.tree.leaves(same))
 

@@ -509,7 +509,7 @@ def test_two_processes_score_and_continue_as_one(runs):
 
 
 def test_damage_that_one_process_reads_is_an_error_on_both(runs):
-    words = "step 12 could not be read: step hold other bits than were saved"
+    words = "step 12 could not be read: other bits than were saved are in step"
     assert all(words in each["damage"] for each in runs.seen)
 
 

@@ -1,14 +1,14 @@
 """Ids that are kept on disk: what is read is what was encoded; damage costs time alone."""
 
-import logging
 import pathlib
 
 import chex
 import numpy as np
 import pytest
 
-from train.data import encoded as module
-from train.data.encoded import encoded
+from train.data import encoded
+from train.data import tokenizer as tokenizers_of
+from train.data.encoded import kept_ids
 from train.data.tokenizer import Tokenizer, byte_tokenizer, train_bpe
 
 TEXTS = ["abab", "", "b a b", "\u6f22"]
@@ -16,7 +16,7 @@ TEXTS = ["abab", "", "b a b", "\u6f22"]
 
 @pytest.fixture(autouse=True)
 def worth(monkeypatch):
-    monkeypatch.setattr(module, "WORTH", 1)
+    monkeypatch.setattr(encoded, "LEAST_CHARACTERS", 1)
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def calls(monkeypatch):
 
 def check(tokenizer: Tokenizer, folder: pathlib.Path, texts=TEXTS) -> None:
     """Ids are those of the tokenizer, whether they are read or made."""
-    ids = encoded(tokenizer, texts, str(folder))
+    ids = kept_ids(tokenizer, texts, str(folder))
     chex.assert_trees_all_equal(ids, [tokenizer.encode(text) for text in texts])
     assert all(each.dtype == np.int32 for each in ids)
 
@@ -67,40 +67,54 @@ def test_other_texts_and_other_tokenizers_have_files_of_their_own(tmp_path):
         assert len(files(tmp_path)) == number + 1
 
 
-@pytest.mark.parametrize("place", ["first", "middle", "last", "cut", "empty"])
-def test_what_is_damaged_is_made_again(tmp_path, caplog, place):
-    tokenizer = byte_tokenizer()
-    check(tokenizer, tmp_path)
+def test_another_version_of_the_library_has_a_file_of_its_own(tmp_path, monkeypatch):
+    check(byte_tokenizer(), tmp_path)
+    monkeypatch.setattr(tokenizers_of.tokenizers, "__version__", "0")
+    check(byte_tokenizer(), tmp_path)
+    assert len(files(tmp_path)) == 2
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """A file of ids, and what it holds."""
+    check(byte_tokenizer(), tmp_path)
     (file,) = files(tmp_path)
-    whole = bytearray(file.read_bytes())
-    damaged = bytearray(whole)
-    if place in ("cut", "empty"):
-        damaged = damaged[: len(damaged) // 2 if place == "cut" else 0]
-    else:
-        ids = bytes(tokenizer.encode(TEXTS[0]).astype(np.uint16))
-        at = {"first": 0, "middle": whole.index(ids), "last": len(whole) - 22}[place]
-        damaged[at] ^= 1
-    file.write_bytes(damaged)
-    with caplog.at_level(logging.WARNING):
-        check(tokenizer, tmp_path)
+    return file, file.read_bytes()
+
+
+def test_no_flipped_bit_changes_an_id(kept, tmp_path, caplog):
+    file, whole = kept
+    for bit in range(0, 8 * len(whole), 3):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(damaged)
+        check(byte_tokenizer(), tmp_path)
+    assert "is damaged" in caplog.text
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", None])
+def test_what_is_damaged_is_made_again(kept, tmp_path, caplog, content):
+    file, whole = kept
+    file.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    check(byte_tokenizer(), tmp_path)
     assert "is damaged" in caplog.text
     assert file.read_bytes() == whole
 
 
-def test_lengths_that_are_not_the_ids_are_damage(tmp_path, caplog):
-    tokenizer = byte_tokenizer()
-    check(tokenizer, tmp_path)
-    (file,) = files(tmp_path)
-    file.write_bytes(module._packed([np.array([1, 2], np.int32)]))
-    check(tokenizer, tmp_path)
+def test_lengths_that_are_not_the_ids_are_damage(kept, tmp_path, caplog):
+    file, _ = kept
+    with file.open("wb") as out:
+        encoded._write(out, [np.array([1, 2], np.int32)])
+    check(byte_tokenizer(), tmp_path)
     assert "it holds 1 documents of 2 ids" in caplog.text
 
 
 def test_large_ids_keep_their_values(tmp_path):
     file = tmp_path / "ids.npz"
     documents = [np.array([2**16, 3], np.int32), np.array([], np.int32)]
-    file.write_bytes(module._packed(documents))
-    chex.assert_trees_all_equal(module._read(file, 2), documents)
+    with file.open("wb") as out:
+        encoded._write(out, documents)
+    chex.assert_trees_all_equal(encoded._read(file, 2), documents)
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path, caplog):
@@ -110,6 +124,6 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path, caplog):
 
 
 def test_few_characters_are_not_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "WORTH", sum(map(len, TEXTS)) + 1)
+    monkeypatch.setattr(encoded, "LEAST_CHARACTERS", sum(map(len, TEXTS)) + 1)
     check(byte_tokenizer(), tmp_path)
     assert not files(tmp_path)

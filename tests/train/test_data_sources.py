@@ -215,7 +215,7 @@ def test_every_bit_of_a_parquet_file_is_read_or_refused_in_words(tmp_path: pathl
 def test_too_few_files(tmp_path: pathlib.Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no file matches .*\*\.txt"):
         load_text(byte_config(f"files:{tmp_path}/*.txt"))
-    with pytest.raises(ValueError, match=r"1 document, which is held out.*at least 2"):
+    with pytest.raises(ValueError, match=r"1 document, in .*txt, which is held out.*at least 2"):
         load_text(byte_config(write_documents(tmp_path, ["only one"])))
 
 

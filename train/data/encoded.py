@@ -1,29 +1,27 @@
-"""Ids of documents, kept on disk: a text is tokenised once for all runs that read it."""
+"""Ids of documents, kept on disk: a text is tokenised once for all runs that read it.
+
+The files may be deleted at any time. They take two bytes a token, four where the vocabulary has
+more than 65,536 ids; each text, tokenizer and version of the library has its own.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import io
 import logging
 import pathlib
-import zipfile
-import zlib
 from collections.abc import Sequence
+from typing import BinaryIO
 
 import numpy as np
 
-from train.data.tokenizer import Tokenizer, default_cache_dir, write_atomically
+from train.data.tokenizer import Tokenizer, content_hash, default_cache_dir, write_atomically
 
 LOGGER = logging.getLogger(__name__)
 
-WORTH = 2**20
+LEAST_CHARACTERS = 2**20
 """Characters from which on ids are kept: fewer are tokenised in a moment."""
 
-_DAMAGE = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error)
-"""What numpy raises for a file that is not whole."""
 
-
-def encoded(tokenizer: Tokenizer, texts: Sequence[str], cache_dir: str) -> list[np.ndarray]:
+def kept_ids(tokenizer: Tokenizer, texts: Sequence[str], cache_dir: str) -> list[np.ndarray]:
     """Encodes texts, or reads the ids that the same tokenizer gave the same texts before.
 
     A file that is damaged, or that cannot be written, costs time and nothing else.
@@ -36,38 +34,29 @@ def encoded(tokenizer: Tokenizer, texts: Sequence[str], cache_dir: str) -> list[
     Returns:
         For each text its ids [n], int32, without the begin and end ids.
     """
-    if sum(map(len, texts)) < WORTH:
+    if sum(map(len, texts)) < LEAST_CHARACTERS:
         return tokenizer.encode_batch(texts)
-    path = default_cache_dir(cache_dir) / f"ids-{_digest(tokenizer, texts)}.npz"
+    path = default_cache_dir(cache_dir) / f"ids-{content_hash(tokenizer.identity(), texts)}.npz"
     if path.is_file():
         try:
             return _read(path, len(texts))
-        except _DAMAGE as error:
+        # Of a damaged file numpy and zipfile raise nearly anything.
+        except Exception as error:
             LOGGER.warning("%s is damaged (%s): the texts are tokenised again", path, error)
     made = tokenizer.encode_batch(texts)
     try:
-        write_atomically(path, _packed(made))
+        write_atomically(path, lambda file: _write(file, made))
     except OSError as error:
         LOGGER.warning("ids cannot be kept in %s (%s); see data.cache_dir", path.parent, error)
     return made
 
 
-def _digest(tokenizer: Tokenizer, texts: Sequence[str]) -> str:
-    digest = hashlib.sha256(tokenizer.identity().encode())
-    for text in texts:
-        data = text.encode("utf-8")
-        digest.update(len(data).to_bytes(8, "little"))
-        digest.update(data)
-    return digest.hexdigest()[:32]
-
-
-def _packed(documents: Sequence[np.ndarray]) -> bytes:
+def _write(file: BinaryIO, documents: Sequence[np.ndarray]) -> None:
     """All ids in one array of the smallest type that holds them, and the documents' lengths."""
-    ids = np.concatenate(documents)
-    small = np.uint16 if ids.max(initial=0) < 2**16 else np.int32
-    file = io.BytesIO()
-    np.savez(file, ids=ids.astype(small), lengths=np.array([len(each) for each in documents]))
-    return file.getvalue()
+    largest = max((int(each.max(initial=0)) for each in documents), default=0)
+    ids = np.empty(sum(map(len, documents)), np.uint16 if largest < 2**16 else np.int32)
+    np.concatenate(documents, out=ids, casting="unsafe")
+    np.savez(file, ids=ids, lengths=np.array([len(each) for each in documents]))
 
 
 def _read(path: pathlib.Path, documents: int) -> list[np.ndarray]:

@@ -20,7 +20,7 @@ from grain import experimental as grain_experimental
 from emoe_jax import json_file
 from train.data import packing, shards, sources
 from train.data.config import BYTE_VOCABULARY, TextConfig
-from train.data.encoded import encoded
+from train.data.encoded import kept_ids
 from train.data.tokenizer import Tokenizer, byte_tokenizer, cached_bpe, write_atomically
 
 __all__ = ["TextConfig", "TextData", "load_text"]
@@ -58,11 +58,10 @@ class TextData:
 
         Programs that only score or sample never ask for them.
         """
-        return tuple(() if each.streamed else self._framed(each.train) for each in self._documents)
-
-    def _framed(self, texts: Sequence[str]) -> tuple[np.ndarray, ...]:
-        ids = encoded(self.tokenizer, texts, self.config.cache_dir)
-        return tuple(_framed(self.tokenizer, ids))
+        return tuple(
+            () if each.streamed else _frame_all(self.tokenizer, each.train, self.config.cache_dir)
+            for each in self._documents
+        )
 
     @property
     def train_targets(self) -> int:
@@ -173,7 +172,7 @@ def load_text(config: TextConfig, *, tokenizer_path: pathlib.Path | None = None)
     heldout = [text for each in documents for text in each.heldout if text]
     if not heldout:
         raise ValueError(f"the held-out documents of {config.sources} hold no text")
-    framed = tuple(_framed(tokenizer, encoded(tokenizer, heldout, config.cache_dir)))
+    framed = _frame_all(tokenizer, heldout, config.cache_dir)
     return TextData(
         config=config,
         tokenizer=tokenizer,
@@ -285,13 +284,18 @@ def _check_vocab_size(config: TextConfig, tokenizer: Tokenizer, path: pathlib.Pa
     )
 
 
+def _frame_all(
+    tokenizer: Tokenizer, texts: Sequence[str], cache_dir: str
+) -> tuple[np.ndarray, ...]:
+    """Returns for each text BOS, its ids, EOS."""
+    return tuple(_between(tokenizer, ids) for ids in kept_ids(tokenizer, texts, cache_dir))
+
+
 def _frame(tokenizer: Tokenizer, text: str) -> np.ndarray:
     """Returns BOS, the text's ids, EOS."""
-    return _framed(tokenizer, [tokenizer.encode(text)])[0]
+    return _between(tokenizer, tokenizer.encode(text))
 
 
-def _framed(tokenizer: Tokenizer, documents: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Returns for each document's ids BOS, these, EOS."""
-    bos = np.array([tokenizer.bos_id], np.int32)
-    eos = np.array([tokenizer.eos_id], np.int32)
-    return [np.concatenate([bos, ids, eos]) for ids in documents]
+def _between(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
+    """Returns BOS, the ids, EOS."""
+    return np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]], dtype=np.int32)

@@ -9,7 +9,8 @@ import hashlib
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import BinaryIO
 
 import numpy as np
 import tokenizers
@@ -233,7 +234,8 @@ def cached_bpe(documents: Sequence[str], vocab_size: int, cache_dir: str) -> Tok
         ValueError: As `train_bpe`, or if the cached file is damaged.
         OSError: If the cache cannot be written.
     """
-    path = default_cache_dir(cache_dir) / f"bpe-{_content_hash(documents, vocab_size)}.json"
+    recipe = f"recipe 1, tokenizers {tokenizers.__version__}, {vocab_size}"
+    path = default_cache_dir(cache_dir) / f"bpe-{content_hash(recipe, documents)}.json"
     if path.is_file():
         return Tokenizer.load(path)
     tokenizer = train_bpe(documents, vocab_size)
@@ -255,10 +257,9 @@ def default_cache_dir(cache_dir: str) -> pathlib.Path:
     return pathlib.Path(base).expanduser() / "emoe_jax"
 
 
-def _content_hash(documents: Iterable[str], vocab_size: int) -> str:
-    """Hashes what a trained tokenizer depends on: documents, size, library, and this recipe."""
-    digest = hashlib.sha256()
-    digest.update(f"recipe 1, tokenizers {tokenizers.__version__}, {vocab_size}".encode())
+def content_hash(recipe: str, documents: Iterable[str]) -> str:
+    """Hashes what something made from documents depends on: how it is made, and the documents."""
+    digest = hashlib.sha256(recipe.encode())
     for document in documents:
         data = document.encode("utf-8")
         digest.update(len(data).to_bytes(8, "little"))
@@ -323,13 +324,21 @@ def _special_id(backend: tokenizers.Tokenizer, names: Sequence[str], name: str) 
     )
 
 
-def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
-    """Writes a file under another name and renames it, for readers that come in between."""
+def write_atomically(path: pathlib.Path, content: str | Callable[[BinaryIO], object]) -> None:
+    """Writes a file under another name and renames it, for readers that come in between.
+
+    Args:
+        path: The file.
+        content: Its text, or what writes it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            if isinstance(content, str):
+                file.write(content.encode("utf-8"))
+            else:
+                content(file)
         os.replace(temporary, path)
     except BaseException:
         pathlib.Path(temporary).unlink(missing_ok=True)

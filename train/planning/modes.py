@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from emoe_jax.checkpoint import Checkpoints
 from emoe_jax.config import require
 from emoe_jax.sharding import MeshConfig
 from train.config import ExperimentConfig, freeze
@@ -19,7 +20,8 @@ from train.planning.memory import weigh
 from train.planning.program import planned, step_on
 from train.planning.search import Candidate, judge, search, smallest_change
 from train.planning.topology import Topology, abstract_shape
-from train.run import CONFIG_FILE, read_config
+from train.provenance import MADE
+from train.run import CHECKPOINTS, choose_step, read_run_config
 
 Row = dict[str, Any]
 
@@ -180,8 +182,12 @@ def curve_plan(asked: Asked) -> Found:
 
 
 def calibrate_plan(asked: Asked, workdir: pathlib.Path, file: str) -> Found:
-    """The model against a run's measured rate; one run fits one number, a factor of all times."""
-    config = planned(freeze(read_config(workdir / CONFIG_FILE)), asked.topology.chip.platform, 1)
+    """The model against a run's measured rate; one run fits one number, a factor of all times.
+
+    The configuration is the run's own, whatever is asked for.
+    """
+    config = planned(freeze(read_run_config(workdir)), asked.topology.chip.platform, 1)
+    _check_devices(workdir, asked.topology)
     mesh = MeshConfig(**abstract_shape(asked.topology, config.mesh))
     config = dataclasses.replace(config, mesh=mesh)
     judged = judge(config, weigh(config), asked.topology, Rates(), asked.max_vio)
@@ -195,6 +201,23 @@ def calibrate_plan(asked: Asked, workdir: pathlib.Path, file: str) -> Found:
     row: Row = {"projected_s": judged.seconds, "measured_s": measured, "ratio": factor}
     row |= {f"measured_{unit}_per_second": rate, "median_deviation": spread}
     return Found({f"{workdir} on {asked.topology.name}": [row]}, [f"rates kept in {target}"])
+
+
+def _check_devices(workdir: pathlib.Path, place: Topology) -> None:
+    """Refuses a topology of another number of devices than the run had, if the run tells.
+
+    Raises:
+        FileNotFoundError: the folder holds no checkpoint.
+        ValueError: the numbers differ.
+    """
+    with Checkpoints(workdir / CHECKPOINTS, every=1, read_only=True) as checkpoints:
+        meta = checkpoints.restore_meta(choose_step(checkpoints, "newest"))
+    used = meta.get(MADE, {}).get("devices", place.devices)
+    require(
+        used == place.devices,
+        f"--topology={place.name} has {place.devices} devices, and the run in {workdir} had {used};"
+        " name the topology that it ran on",
+    )
 
 
 def validate_plan(asked: Asked, rounds: int) -> Found:

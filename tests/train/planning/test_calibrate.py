@@ -3,15 +3,21 @@
 import dataclasses
 import json
 
+import jax.numpy as jnp
 import pytest
 
+from emoe_jax.checkpoint import Checkpoints
 from tests.train.planning.shapes import small
-from train.planning import calibrate
+from tests.train.tiny import lm_tree
+from train.config import freeze, to_json
+from train.planning import calibrate, modes
 from train.planning.calibrate import Measured, fit, projected, spearman
-from train.planning.cost import Rates, predict
+from train.planning.cost import PEAK, Rates, predict
 from train.planning.memory import weigh
 from train.planning.search import meshes
 from train.planning.topology import parse
+from train.provenance import MADE
+from train.run import CHECKPOINTS, CONFIG_FILE
 
 CPU = parse("cpu:8")
 TRUE = Rates(products=0.5, memory=0.25, links=0.1, latency=1e-3)
@@ -80,3 +86,39 @@ def test_one_factor_scales_every_time():
     step = made_up(TRUE)[0]
     twice = calibrate.scaled(TRUE, 2.0)
     assert projected(step.cost, twice) == pytest.approx(2 * step.seconds)
+
+
+def asked(name):
+    place = parse(name)
+    return modes.Asked(small(), place, PEAK, 0.0, None, model_only=True, whole=False)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """What a run on two devices leaves that `--calibrate` reads."""
+    tree = lm_tree("files:*.txt", mesh={"data": -1})
+    (tmp_path / CONFIG_FILE).write_text(to_json(tree), encoding="utf-8")
+    line = json.dumps({"step": 1, "train/tokens_per_second": 1000.0})
+    (tmp_path / "metrics.jsonl").write_text(line + "\n", encoding="utf-8")
+    with Checkpoints(tmp_path / CHECKPOINTS, every=1) as checkpoints:
+        meta = {MADE: {"devices": 2}}
+        checkpoints.save(1, {"w": jnp.ones(2)}, data_state={}, meta=meta)
+    return tmp_path
+
+
+def test_one_run_scales_all_times(run):
+    ((row,),) = modes.calibrate_plan(asked("cpu:2"), run, "").tables.values()
+    assert row["measured_s"] == pytest.approx(row["projected_s"] * row["ratio"])
+    config = freeze(lm_tree("files:*.txt"))
+    tokens = config.batch * config.data.sequence_length
+    assert row["measured_s"] == pytest.approx(tokens / 1000)
+    rates = calibrate.read_rates(run / "rates.json")
+    assert 1 / rates.products == pytest.approx(row["ratio"])
+
+
+def test_a_topology_that_the_run_did_not_have_is_refused(run, tmp_path):
+    with pytest.raises(ValueError, match=r"cpu:8 has 8 devices, and the run in .* had 2"):
+        modes.calibrate_plan(asked("cpu:8"), run, "")
+    assert not (run / "rates.json").exists()
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        modes.calibrate_plan(asked("cpu:2"), tmp_path / "absent", "")

@@ -96,8 +96,3 @@ def test_the_formula_moves_what_the_schedule_moves():
         flows = predict_cost(config, weigh(config), place).flows
         formula = sum(flow.received for flow in flows if flow.purpose == purpose)
         assert formula == pytest.approx(scheduled, rel=0.2), purpose
-
-
-def test_a_topology_that_libtpu_does_not_have():
-    with pytest.raises(ValueError, match="libtpu refuses it"):
-        step_on(case("dots")[1], parse("v5p:2x6x1"))

@@ -1,7 +1,9 @@
 """Names of topologies, and where devices stand."""
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental import topologies
 
 from emoe_jax.sharding import MeshConfig
 from train.flops import peak_flops
@@ -68,6 +70,16 @@ def test_gpus_of_a_node_are_neighbours():
 def test_a_mesh_that_does_not_multiply_is_refused():
     with pytest.raises(ValueError, match="does not multiply to the 8 devices"):
         abstract_shape(parse("cpu:8"), MeshConfig(fsdp=3))
+
+
+def test_what_libtpu_refuses_is_told(monkeypatch):
+    def refuse(**_):
+        raise jax.errors.JaxRuntimeError("no such slice")
+
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(topologies, "get_topology_desc", refuse)
+    with pytest.raises(ValueError, match="v5p:2x6x1: libtpu refuses it: no such slice"):
+        compile_devices(parse("v5p:2x6x1"))
 
 
 def test_missing_libtpu_says_what_to_install(monkeypatch):
