@@ -18,7 +18,7 @@ def row_product(x: Array, kernel: Array) -> Array:
     """Maps [...,in] by [in,out], accumulated in float32, as one product of a matrix of rows.
 
     XLA on CPU takes up to twice as long for the gradients of a product with several leading axes
-    (docs/performance.md). On a mesh only the first axis of x may be split, but for the last: another
+    (docs/performance.md). On a mesh x may be split along its first and last axes; along another it
     would be gathered.
     """
     rows = x.reshape(-1, x.shape[-1])
