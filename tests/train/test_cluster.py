@@ -328,7 +328,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Two processes are asked to end, two lose one; two more, on another mesh, look around."""
     folder = tmp_path_factory.mktemp("cluster")
     source = write_corpus(folder / "text")
-    keys: dict[str, Any] = {"steps": 12, "eval_every": 6, "checkpoint": {"every": 2}}
+    keys: dict[str, Any] = {"steps": 26, "eval_every": 13, "checkpoint": {"every": 2}}
     keys |= {"model": {"depth": 1}, "moe": {"experts": 8}, "data": {"shards": 2}}
     config = folder / "experiment.py"
     config.write_text(
@@ -382,7 +382,7 @@ def test_one_process_that_is_asked_to_end_lets_both_save_the_same_step(runs):
     assert "SIGTERM: saving after this step, within 25 s\n" in err  # process 1
     told = f"a signal to another process: step {max(runs.saved)} is saved"
     assert err.count(told) == 1  # process 0; the other does not print
-    assert max(runs.saved) < 12
+    assert max(runs.saved) < 26
     assert runs.requeued.startswith("requeue ")
 
 
@@ -392,7 +392,7 @@ def test_one_process_that_is_killed_ends_the_other_with_words(runs):
     assert "nothing is saved, as other processes have not stopped at the same point" in err
     assert "process 0 of 2 ends. If another one was lost, all end; the same command on all" in err
     assert f"resuming {runs.two} from step {max(runs.saved)}\n" in err
-    assert max(runs.saved_later) < 12
+    assert max(runs.saved_later) < 26
 
 
 def test_the_time_until_a_silent_process_counts_as_dead_is_a_flag(monkeypatch):
@@ -408,8 +408,8 @@ def test_the_time_until_a_silent_process_counts_as_dead_is_a_flag(monkeypatch):
 
 def test_two_processes_train_what_one_trains_over_two_ends_and_two_meshes(runs):
     one, two = losses(runs.one), losses(runs.two)
-    assert list(one) == list(two) == list(range(1, 13))
-    assert len(one[6]) == len(one[12]) == 4
+    assert list(one) == list(two) == list(range(1, 27))
+    assert len(one[13]) == len(one[26]) == 4
     for step, expected in one.items():
         np.testing.assert_allclose(two[step], expected, rtol=1e-5)
 
@@ -420,9 +420,9 @@ def test_only_the_first_process_prints_and_writes_logs(runs):
     assert "mesh {'data': 1, 'fsdp': 2, 'expert': 4, 'tensor': 1} of cpu in 2 processes" in err
     assert "some parts of the data are read by several" not in err
     (_, out, err), (_, silent, quiet) = runs.ended
-    assert out.count("step 12: held out") == out.count("run folder:") == 1
+    assert out.count("step 26: held out") == out.count("run folder:") == 1
     assert err.count("resuming") == 2  # once at the start, once after the rollback
-    assert "step 12: held out" not in silent
+    assert "step 26: held out" not in silent
     assert "resuming" not in quiet
     # One for each launch, and one for the rollback.
     assert len(list(runs.two.glob("events.out.tfevents.*"))) == 4
@@ -430,7 +430,7 @@ def test_only_the_first_process_prints_and_writes_logs(runs):
     lines = (runs.two / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in lines]
     assert steps == sorted(steps)
-    assert steps.count(12) == 2  # one line of training and one of evaluation
+    assert steps.count(26) == 2  # one line of training and one of evaluation
 
 
 def test_each_process_tells_where_it_hangs(runs):
@@ -455,7 +455,7 @@ def read(workdir: pathlib.Path) -> tuple[Any, Any]:
     """The run in a folder and its last checkpoint, in this one process."""
     run = build(freeze(json.loads((workdir / "config.json").read_text())), workdir)
     with Checkpoints(workdir / "checkpoints", every=1, read_only=True) as checkpoints:
-        return run, checkpoints.restore(12, run.abstract)
+        return run, checkpoints.restore(26, run.abstract)
 
 
 def test_checkpoints_of_one_process_are_read_by_two_to_the_bit(runs):
@@ -475,7 +475,7 @@ def test_checkpoints_of_one_process_are_read_by_two_to_the_bit(runs):
 def test_a_checkpoint_that_one_process_cannot_read_is_left_by_all(runs):
     first, second = [each["fallback"] for each in runs.seen]
     assert first == second
-    assert first == [10, {"12": "OSError: the disk of process 1 is gone"}, ["12.damaged"], 10]
+    assert first == [24, {"26": "OSError: the disk of process 1 is gone"}, ["26.damaged"], 24]
 
 
 def test_checkpoints_of_two_processes_are_read_by_one(runs):
@@ -500,7 +500,7 @@ def test_checkpoints_of_two_processes_are_read_by_one(runs):
 
 
 def test_two_processes_score_and_continue_as_one(runs):
-    (last,) = [row for row in read_metrics(runs.one) if row["step"] == 12]
+    (last,) = [row for row in read_metrics(runs.one) if row["step"] == 26]
     first, second = (each["scalars"] for each in runs.seen)
     assert first == second
     for name in ("eval/loss", "eval/bits_per_byte", "eval/router/layer_00/max_vio"):
@@ -509,7 +509,7 @@ def test_two_processes_score_and_continue_as_one(runs):
 
 
 def test_damage_that_one_process_reads_is_an_error_on_both(runs):
-    words = "step 12 could not be read: other bits than were saved are in step"
+    words = "step 26 could not be read: other bits than were saved are in step"
     assert all(words in each["damage"] for each in runs.seen)
 
 
