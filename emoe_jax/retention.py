@@ -94,8 +94,11 @@ _READ_ONLY = ocp.CheckpointManagerOptions(save_interval_steps=0, create=False, r
 def _registry() -> ocp.handlers.CheckpointHandlerRegistry:
     """Names the two items, so that a new process can read what an earlier one wrote."""
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    # Weights hardly shrink, and zstd takes processor time from the steps (docs/benchmarks).
-    handler = ocp.PyTreeCheckpointHandler(use_compression=False)
+    # Both would take processor time from the steps: zstd, by which weights hardly shrink, and a
+    # file of shardings, which nobody reads, as who restores gives them (docs/benchmarks).
+    arrays = ocp.type_handlers.ArrayHandler(enable_write_sharding_file=False)
+    types = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=types)
     for args in (ocp.args.PyTreeSave, ocp.args.PyTreeRestore):
         registry.add(STATE, args, handler)
     for args in (ocp.args.JsonSave, ocp.args.JsonRestore):

@@ -144,8 +144,10 @@ def _all() -> int:
 
 
 def _shape(names: Sequence[str]) -> str:
-    if names[0] in ("adapter", "step", "start", "checkpoints"):
-        return f": {FLAGS.config}" if names[0] != "adapter" else ""
+    if names[0] == "adapter":
+        return ""
+    if names[0] in ("step", "start", "checkpoints"):
+        return f": {FLAGS.config}"
     return f": T={FLAGS.tokens} D={FLAGS.width} F={FLAGS.hidden} K={FLAGS.chosen} {FLAGS.dtype}"
 
 

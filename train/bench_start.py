@@ -2,7 +2,7 @@
 
 The first process finds JAX's compilation cache empty ("cold") and fills it, the others find what
 they need there ("warm"), as a run does that is started again. What `python -m train` keeps beyond
-runs besides, such as trained tokenizers, is there in both.
+runs besides, such as trained tokenizers and the ids of texts, is there in both, once it was made.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ State = Mapping[str, np.ndarray]
 Source = str | pathlib.Path | State
 Config = Mapping[str, Any]
 
-TOLD = 100
+MOST_LINES = 100
 """Lines of an error at most."""
 
 
@@ -284,9 +284,9 @@ def _with_positions(state: State, config: ViTConfig) -> tuple[State, list[str]]:
 
 
 def _report(what: str, lines: list[str]) -> str:
-    told = lines[:TOLD]
-    if len(lines) > TOLD:
-        told.append(f"and {len(lines) - TOLD} more")
+    told = lines[:MOST_LINES]
+    if len(lines) > MOST_LINES:
+        told.append(f"and {len(lines) - MOST_LINES} more")
     return f"{what}; nothing was loaded:\n  " + "\n  ".join(told)
 
 

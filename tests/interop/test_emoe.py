@@ -253,12 +253,12 @@ def test_all_wrong_keys_are_reported_at_once(top1):
 
 
 def test_of_very_many_wrong_keys_the_first_are_told(top1):
-    extra = {f"extra_{n:04}": np.zeros(2) for n in range(3 * emoe.TOLD)}
+    extra = {f"extra_{n:04}": np.zeros(2) for n in range(3 * emoe.MOST_LINES)}
     with pytest.raises(ValueError, match="nothing was loaded") as error:
         interop.load_emoe(top1.state | extra, top1.config)
     _, *lines, last = str(error.value).splitlines()
-    assert lines == [f"  unexpected: extra_{n:04} (2,)" for n in range(emoe.TOLD)]
-    assert last == f"  and {2 * emoe.TOLD} more"
+    assert lines == [f"  unexpected: extra_{n:04} (2,)" for n in range(emoe.MOST_LINES)]
+    assert last == f"  and {2 * emoe.MOST_LINES} more"
 
 
 def test_what_the_release_has_no_place_for_is_refused(top1):

@@ -158,6 +158,12 @@ def test_damaged_idx_files(tmp_path: pathlib.Path, name: str, content: bytes, wo
         images.read_idx(tmp_path / name, 3)
 
 
+def test_what_was_not_promised_is_not_unpacked() -> None:
+    stream = io.BytesIO(bytes(2**23))
+    assert images._count_bytes(stream, 18) == 2**20  # one piece
+    assert stream.tell() == 0
+
+
 # Prepared tfds datasets
 
 

@@ -200,7 +200,7 @@ def read_idx(file: pathlib.Path, dimensions: int) -> np.ndarray:
             shape = _read_idx_header(stream, file, dimensions)
             size = math.prod(shape)
             # Memory is taken once it is known to be there, whatever the header promises.
-            found = _count(stream, size + 1)
+            found = _count_bytes(stream, size + 1)
             data = stream.read(size) if found == size else b""
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(f"{file} is damaged: {error}; fetch it again") from error
@@ -212,7 +212,7 @@ def read_idx(file: pathlib.Path, dimensions: int) -> np.ndarray:
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 
-def _count(stream: io.BufferedIOBase, most: int) -> int:
+def _count_bytes(stream: io.BufferedIOBase, most: int) -> int:
     """Bytes to the end of a stream, at most so many or a piece more; few are held at a time.
 
     The stream stays where it is.

@@ -288,14 +288,14 @@ def _frame_all(
     tokenizer: Tokenizer, texts: Sequence[str], cache_dir: str
 ) -> tuple[np.ndarray, ...]:
     """Returns for each text BOS, its ids, EOS."""
-    return tuple(_between(tokenizer, ids) for ids in kept_ids(tokenizer, texts, cache_dir))
+    return tuple(_with_ends(tokenizer, ids) for ids in kept_ids(tokenizer, texts, cache_dir))
 
 
 def _frame(tokenizer: Tokenizer, text: str) -> np.ndarray:
     """Returns BOS, the text's ids, EOS."""
-    return _between(tokenizer, tokenizer.encode(text))
+    return _with_ends(tokenizer, tokenizer.encode(text))
 
 
-def _between(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
+def _with_ends(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
     """Returns BOS, the ids, EOS."""
     return np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]], dtype=np.int32)
