@@ -8,14 +8,14 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from emoe_jax.basis import drift
+from emoe_jax.basis import drift, orthonormality_error
 from emoe_jax.metrics import dead_experts, max_violation
 from emoe_jax.sharding import replicated
 from train import cluster
@@ -63,12 +63,17 @@ class Meter:
         self.spikes = Spikes(run.config.alarm.loss_spike)
         self.losses: list[tuple[int, Any]] = []
         self.reference = _copy(_bases(state))
-        self.drift = {
-            place: cluster.compile_together(
-                jax.jit(drift, out_shardings=replicated(run.mesh)).lower(basis, basis)
-            )
-            for place, basis in self.reference.items()
+        self.drift = {p: self._compile(drift, q, q) for p, q in self.reference.items()}
+        # Of bases that gradients move the step itself tells.
+        self.gap = {
+            place: self._compile(orthonormality_error, router["basis"])
+            for place, router in routers_of(state["router"]).items()
+            if "basis" in router
         }
+
+    def _compile(self, function: Callable[..., Any], *args: Any) -> Any:
+        jitted = jax.jit(function, out_shardings=replicated(self.run.mesh))
+        return cluster.compile_together(jitted.lower(*args))
 
     @contextlib.contextmanager
     def left_out(self) -> Iterator[None]:
@@ -136,6 +141,8 @@ class Meter:
         for place, row in more.items():
             if place in self.drift:
                 row["drift"] = self.drift[place](self.reference[place], now[place])
+            if place in self.gap:
+                row["orthonormality_error"] = self.gap[place](now[place])
             if "spectrum" in kept.get(place, {}):
                 row["spectrum"] = kept[place]["spectrum"]
         more = jax.device_get(more)

@@ -120,7 +120,7 @@ class WhitenedRouter(Router):
             context,
             k=self.top_k,
             renormalize=self.renormalize,
-            metrics=self._metrics(basis),
+            metrics=self._metrics(basis, context.train),
             good=good,
             stats=_moments(centred, z, self.subspace == "tracked"),
         )
@@ -132,13 +132,17 @@ class WhitenedRouter(Router):
         E, R = directions.shape
         return directions.T * jnp.float32((E / R) ** 0.5)
 
-    def _metrics(self, basis: Array) -> dict[str, Array]:
+    def _metrics(self, basis: Array, train: bool) -> dict[str, Array]:
         """What the state says before this step."""
         spectrum = self.spectrum[...]
-        return {
-            "orthonormality_error": bases.orthonormality_error(lax.stop_gradient(basis)),
-            "condition": spectrum[-1] / jnp.maximum(spectrum[0], 1e-6 * spectrum[-1] + bases.TINY),
-        }
+        least = 1e-6 * spectrum[-1] + bases.TINY
+        metrics = {"condition": spectrum[-1] / jnp.maximum(spectrum[0], least)}
+        # To check at every step a basis that training leaves to `update` would take half a percent
+        # of a small step: whoever logs one reads it off the state.
+        if self.subspace == "learned" or not train:
+            error = bases.orthonormality_error(lax.stop_gradient(basis))
+            metrics["orthonormality_error"] = error
+        return metrics
 
     @staticmethod
     def update(config: MoEConfig, state: State, stats: dict[str, Array], progress: Array) -> State:

@@ -121,8 +121,9 @@ def test_shift_and_scale_of_all_tokens_change_no_route(seed, scale, shift):
     some = config()
     tokens = draw((500, D), seed)
     moved = jnp.float32(scale) * tokens + jnp.float32(shift)
-    routes = [settle(some, x, directions(some))[1] for x in (tokens, moved)]
-    assert np.mean(np.asarray(routes[0] == routes[1])) > 0.99  # but for ties by rounding
+    routes = [settle(some, x, directions(some), updates=40)[1] for x in (tokens, moved)]
+    # All but near ties: the offset has not quite forgotten the first update, which knows no mean.
+    assert np.mean(np.asarray(routes[0] == routes[1])) > 0.98
 
 
 def test_an_invertible_map_keeps_the_loads_of_elliptical_tokens():
@@ -230,6 +231,17 @@ def test_gradients_reach_tokens_directions_and_temperature_and_no_statistics():
         return sum(jnp.sum(stats[name]) for name in ("z_gram", "image_sum", "token_square"))
 
     assert not np.any(np.asarray(jax.grad(counted)(draw((6, D)))))
+
+
+@pytest.mark.parametrize("subspace", ["tracked", "learned", "fixed"])
+def test_training_measures_only_a_basis_that_it_moves(subspace):
+    router = make_router(config(subspace=subspace), D, rngs=nnx.Rngs(0))
+    mask = jnp.ones((1, 6), bool)
+    trained, frozen = (
+        router(draw((6, D)), Context(mask, train=train)).metrics for train in (True, False)
+    )
+    assert ("orthonormality_error" in trained) == (subspace == "learned")
+    assert float(frozen["orthonormality_error"]) < 1e-5
 
 
 def test_a_learned_basis_is_a_parameter_and_a_fixed_one_never_moves():

@@ -111,6 +111,17 @@ def test_drift_is_counted_from_the_last_checkpoint(run):
     assert log.scalars["router/layer_01/drift"] == pytest.approx(0.0, abs=1e-6)
 
 
+def test_the_orthonormality_of_a_tracked_basis_is_that_of_the_state(run):
+    # QᵀQ - 1 of one direction is its squared length less 1: 0, and 4 - 1 = 3.
+    basis, spectrum = jnp.array([[[1.0], [0.0]], [[0.0], [2.0]]]), jnp.ones((2, 1))
+    meter, log = Meter(run, 0, state_with(basis, spectrum)), Log()
+    meter.see(1, metrics(EVEN))
+    meter.log(1, metrics(EVEN), state_with(basis, spectrum), log)
+    assert log.scalars["router/layer_00/orthonormality_error"] == pytest.approx(0.0, abs=1e-6)
+    assert log.scalars["router/layer_01/orthonormality_error"] == pytest.approx(3.0)
+    assert log.scalars["alarm/orthonormality_error"] == 1.0
+
+
 def test_a_donated_state_leaves_the_reference_whole(run):
     basis = jnp.array([[[1.0], [0.0]]] * 2)
     meter = Meter(run, 0, state_with(basis, jnp.ones((2, 1))))
