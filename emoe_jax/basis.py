@@ -169,6 +169,12 @@ TINY = 1e-12
 """Added as well, so that nothing is divided by the zero variance of constant tokens."""
 
 
+FAR = 1e3
+"""Sum of squared tangents of the angles to the next basis above which `follow` takes its slower
+way: below it XᵀX has a condition number of 1e3 at most, and one Newton-Schulz step mends the
+rounding."""
+
+
 def follow(image: Array, basis: Array) -> Array:
     """The next basis of a tracked principal subspace: one orthogonal iteration, without spin.
 
@@ -177,6 +183,11 @@ def follow(image: Array, basis: Array) -> Array:
     Of its orthonormal bases this is the one nearest to Q (orthogonal Procrustes), so that
     directions do not turn within the subspace from step to step. Directions without variance stay.
 
+    X = V(QᵀV)⁻¹ spans what V does, and QᵀX = I. With any orthonormal basis U of that span X = UUᵀX,
+    so UᵀQ = (UᵀX)⁻ᵀ, whose polar factor is that of UᵀX: the basis wanted is the polar factor of X,
+    which is near Q already. Where it is not, or QᵀV is singular, U is taken by QR, and the polar
+    factor of UᵀQ by its singular values, in three times the time (docs/performance.md).
+
     Args:
         image: V [...,D,R] float32.
         basis: Q [...,D,R], orthonormal.
@@ -184,17 +195,45 @@ def follow(image: Array, basis: Array) -> Array:
     Returns:
         [...,D,R], orthonormal.
     """
+    D, R = basis.shape[-2:]
+    if D == R:  # all bases span the whole space, and the nearest one is Q
+        return basis
     # V has tr(QᵀΣQ) on the diagonal of QᵀV: a share of it keeps directions without variance.
     trace = jnp.sum(image * basis, axis=(-2, -1), keepdims=True)
-    floor = RIDGE * jnp.abs(trace) / basis.shape[-1] + TINY
-    span = qr(image + floor * basis)
+    floor = RIDGE * jnp.abs(trace) / R + TINY
+    moved = image + floor * basis
+    beside = _beside(moved, basis)
+    near = jnp.all(jnp.sum(jnp.square(beside), axis=(-2, -1)) - R < FAR)  # false if not finite
+    turned = lax.cond(near, _polar_factor, lambda _: _nearest_in_span(moved, basis), beside)
+    # One Newton-Schulz step takes the rounding of the products out, which steps would add up.
+    return turned + _product(turned, -0.5 * _gram_gap(turned))
+
+
+def _beside(image: Array, basis: Array) -> Array:
+    """X = V(QᵀV)⁻¹ [...,D,R]."""
+    across = jnp.swapaxes(basis, -1, -2)
+    first = _product(image, jnp.linalg.inv(_product(across, image)))
+    # QᵀV is as ill-conditioned as the spectrum is wide: a Newton step squares the error of QᵀX = I.
+    return 2.0 * first - _product(first, _product(across, first))
+
+
+def _polar_factor(weight: Array) -> Array:
+    """W(WᵀW)^-½ [...,D,R], the matrix with orthonormal columns nearest to W."""
+    values, vectors = jnp.linalg.eigh(_gram(weight))
+    root = _product(vectors * lax.rsqrt(values)[..., None, :], jnp.swapaxes(vectors, -1, -2))
+    return _product(weight, root)
+
+
+def _nearest_in_span(image: Array, basis: Array) -> Array:
+    """Of the orthonormal bases of the span of V the one nearest to Q [...,D,R]."""
+    span = qr(image)
     overlap = jnp.einsum("...dr,...ds->...rs", span, basis, precision=_HIGHEST)
     left, _, right = jnp.linalg.svd(overlap)
-    turn = jnp.einsum("...rs,...st->...rt", left, right, precision=_HIGHEST)
-    turned = jnp.einsum("...dr,...rs->...ds", span, turn, precision=_HIGHEST)
-    # One Newton-Schulz step takes the rounding of the products out, which steps would add up.
-    polish = -0.5 * _gram_gap(turned)
-    return turned + jnp.einsum("...dr,...rs->...ds", turned, polish, precision=_HIGHEST)
+    return _product(span, _product(left, right))
+
+
+def _product(left: Array, right: Array) -> Array:
+    return jnp.matmul(left, right, precision=_HIGHEST)
 
 
 def whitener(covariance: Array, power: float) -> tuple[Array, Array]:

@@ -6,13 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emoe_jax import basis as bases
 
 pytestmark = pytest.mark.usefixtures("strict")
 
+FOLLOW, NEAREST = jax.jit(bases.follow), jax.jit(bases._nearest_in_span)
 QR, CHOLESKY_QR, ERROR = map(jax.jit, (bases.qr, bases.cholesky_qr, bases.orthonormality_error))
 ORTHONORMALIZE = jax.jit(bases.orthonormalize, static_argnums=1)
 SHAPES = ((1, 1), (4, 4), (9, 3), (2, 8, 5))
@@ -264,6 +265,43 @@ def test_following_nothing_stays():
     # Variance along one direction alone: the others stay orthonormal.
     image = basis.at[:, :, 1:].set(0.0)
     assert float(jnp.max(bases.orthonormality_error(bases.follow(image, basis)))) < 1e-5
+
+
+@given(
+    shape=st.sampled_from([(8, 3), (6, 5), (4, 1), (2, 7, 4)]),
+    seed=st.integers(0, 10_000),
+    near=st.booleans(),
+)
+@settings(max_examples=20)
+def test_the_fast_way_of_following_is_the_slow_one(shape, seed, near):
+    D, R = shape[-2:]
+    factor = draw((*shape[:-2], D, D), seed)
+    sigma = factor @ jnp.swapaxes(factor, -1, -2) + 0.1 * jnp.eye(D)[(None,) * (len(shape) - 2)]
+    basis = bases.qr(draw(shape, seed + 1))
+    # Near: the basis has followed before; far: it was drawn.
+    for _ in range(5 * near):
+        basis = FOLLOW(sigma @ basis, basis)
+    image = sigma @ basis
+    trace = jnp.einsum("...dr,...dr->...", image, basis)[..., None, None]
+    followed = FOLLOW(image, basis)
+    slow = NEAREST(image + bases.RIDGE * trace / R * basis, basis)
+    chex.assert_trees_all_close(followed, slow, atol=1e-4)
+    # No basis of the span that is turned a little is nearer.
+    turn = bases.qr(jnp.eye(R) + 0.01 * draw((R, R), seed + 2))
+    assert float(jnp.sum(followed * basis)) >= float(jnp.sum((followed @ turn) * basis)) - 1e-4
+
+
+def test_following_an_image_at_right_angles():
+    # QᵀV = 0 has no inverse: all of the next basis lies outside the span of the last.
+    basis, image = jnp.eye(5)[:, :2], 3.0 * jnp.eye(5)[:, 2:4]
+    followed = bases.follow(image, basis)
+    assert float(bases.drift(followed, jnp.eye(5)[:, 2:4])) < 1e-5
+    assert float(bases.orthonormality_error(followed)) < 1e-6
+
+
+def test_a_basis_of_the_whole_space_has_nothing_to_follow():
+    basis = bases.qr(draw((4, 4)))
+    chex.assert_trees_all_equal(bases.follow(covariance(1, 4) @ basis, basis), basis)
 
 
 def test_bases_stay_orthonormal_over_many_steps():

@@ -152,7 +152,8 @@ class WhitenedRouter(Router):
         # Means over tokens less the running mean μ; it moves by ρ times the first.
         batch = _means(stats, ("token_sum", "z_sum", "z_gram", "image_sum"))
         shift, turned = batch["token_sum"], batch["z_sum"]
-        square = covariance_target(batch["z_gram"], turned, turned, rho)
+        gram = batch["z_gram"] if "z_gram" in batch else _gram(state["basis"], batch["image_sum"])
+        square = covariance_target(gram, turned, turned, rho)
         covariance = _towards(state["covariance"], square, rho)
         whitener, spectrum = bases.whitener(covariance, _options(config)["whitening"])
         new: dict[str, Any] = {
@@ -218,8 +219,13 @@ def _towards(running: Array, value: Array, rate: Array) -> Array:
     return running + rate[..., None, None] * (value - running)
 
 
+def _gram(basis: Array, image: Array) -> Array:
+    """E[zzᵀ] = Qᵀ E[(h - μ)zᵀ], as z = Qᵀ(h - μ): [...,R,R] from [...,D,R] both."""
+    return jnp.einsum("...dr,...ds->...rs", basis, image, precision=lax.Precision.HIGHEST)
+
+
 def _moments(centred: Array, z: Array, tracked: bool) -> dict[str, Array]:
-    """Sums over counted tokens: D + R + R² + 2 numbers, and D·R for a tracked basis.
+    """Sums over counted tokens: D + R + 2 numbers, and D·R for a tracked basis, R² for others.
 
     Args:
         centred: h - μ [T,D], zero for tokens that do not count.
@@ -227,14 +233,11 @@ def _moments(centred: Array, z: Array, tracked: bool) -> dict[str, Array]:
         tracked: whether the basis is.
     """
     h, z = lax.stop_gradient((centred, z))
-    products = {
-        "z_gram": jnp.einsum("tr,ts->rs", z, z, precision=lax.Precision.HIGHEST),
-    }
-    if tracked:
-        products["image_sum"] = jnp.einsum("td,tr->dr", h, z, precision=lax.Precision.HIGHEST)
-    return products | {
+    name, left = ("image_sum", h) if tracked else ("z_gram", z)
+    return {
+        name: jnp.einsum("td,tr->dr", left, z, precision=lax.Precision.HIGHEST),
         "token_sum": jnp.sum(h, axis=0),
         "token_square": jnp.sum(jnp.square(h)),
         "z_sum": jnp.sum(z, axis=0),
-        "z_square": jnp.trace(products["z_gram"]),
+        "z_square": jnp.sum(jnp.square(z)),
     }

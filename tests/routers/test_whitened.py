@@ -160,8 +160,9 @@ def test_scores_by_hand():
     assert routing.indices.tolist() == [[0]]
     stats = routing.stats
     chex.assert_trees_all_equal(stats["token_sum"], jnp.array([2.0, 1.0, 8.0]))
-    chex.assert_trees_all_equal(stats["z_gram"], jnp.array([[4.0, 2.0], [2.0, 1.0]]))
     chex.assert_trees_all_equal(stats["image_sum"], jnp.array([[4.0, 2.0], [2.0, 1.0], [16.0, 8]]))
+    chex.assert_trees_all_equal(stats["z_sum"], jnp.array([2.0, 1.0]))
+    chex.assert_trees_all_equal((stats["token_square"], stats["z_square"]), (69.0, 5.0))
 
 
 def test_the_basis_finds_the_principal_subspace_and_stays_orthonormal():
@@ -228,9 +229,23 @@ def test_gradients_reach_tokens_directions_and_temperature_and_no_statistics():
     # The statistics pass no gradient.
     def counted(tokens):
         stats = router(tokens, context).stats
-        return sum(jnp.sum(stats[name]) for name in ("z_gram", "image_sum", "token_square"))
+        return sum(jnp.sum(stats[name]) for name in ("image_sum", "z_square", "token_square"))
 
     assert not np.any(np.asarray(jax.grad(counted)(draw((6, D)))))
+
+
+def test_the_covariance_of_projections_follows_from_the_image():
+    some = {name: config(subspace=name, rank=3) for name in ("tracked", "fixed")}
+    tokens, context = 2 * draw((40, D)) + 1, Context(jnp.arange(40)[None] < 30)
+    new = {}
+    for name, each in some.items():
+        router = make_router(each, D, rngs=nnx.Rngs(0))
+        stats = router(tokens, context).stats
+        new[name] = WhitenedRouter.update(each, state_of(router), stats, START)
+    z = np.asarray(tokens[:30], np.float64) @ np.asarray(router.basis[...], np.float64)
+    expected = np.cov(z, rowvar=False, bias=True)  # the first update takes that of the batch
+    chex.assert_trees_all_close(new["fixed"]["covariance"], expected, rtol=1e-4, atol=1e-4)
+    chex.assert_trees_all_close(new["tracked"]["covariance"], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("subspace", ["tracked", "learned", "fixed"])
