@@ -74,8 +74,11 @@ def _gram(weight: Array) -> Array:
 
 def _gram_gap(weight: Array) -> Array:
     """WᵀW - I [...,R,R]."""
-    gram = _gram(weight)
-    return gram - jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
+    return _less_identity(_gram(weight))
+
+
+def _less_identity(square: Array) -> Array:
+    return square - jnp.broadcast_to(jnp.eye(square.shape[-1], dtype=square.dtype), square.shape)
 
 
 def orthonormalize(weight: Array, method: str = "qr") -> Array:
@@ -171,8 +174,12 @@ TINY = 1e-12
 
 FAR = 1e3
 """Sum of squared tangents of the angles to the next basis above which `follow` takes its slower
-way: below it XᵀX has a condition number of 1e3 at most, and one Newton-Schulz step mends the
-rounding."""
+way: below it XᵀX, which is I but for these, has a condition number of 1e3 at most, and one
+Newton-Schulz step mends the rounding."""
+
+ASKEW = 1e-2
+"""Largest |QᵀX - I| for which X is taken to be beside Q: the ridge bounds the condition number of
+QᵀV by about R/RIDGE, of which float32 leaves less than that."""
 
 
 def follow(image: Array, basis: Array) -> Array:
@@ -203,7 +210,10 @@ def follow(image: Array, basis: Array) -> Array:
     floor = RIDGE * jnp.abs(trace) / R + TINY
     moved = image + floor * basis
     beside = _beside(moved, basis)
-    near = jnp.all(jnp.sum(jnp.square(beside), axis=(-2, -1)) - R < FAR)  # false if not finite
+    askew = _less_identity(_product(jnp.swapaxes(basis, -1, -2), beside))
+    tangents = jnp.sum(jnp.square(beside), axis=(-2, -1)) - R
+    # False where something is not finite. One answer for all layers, as a branch takes one way.
+    near = jnp.all(tangents < FAR) & jnp.all(jnp.abs(askew) < ASKEW)
     turned = lax.cond(near, _polar_factor, lambda _: _nearest_in_span(moved, basis), beside)
     # One Newton-Schulz step takes the rounding of the products out, which steps would add up.
     return turned + _product(turned, -0.5 * _gram_gap(turned))

@@ -94,8 +94,9 @@ _READ_ONLY = ocp.CheckpointManagerOptions(save_interval_steps=0, create=False, r
 def _registry() -> ocp.handlers.CheckpointHandlerRegistry:
     """Names the two items, so that a new process can read what an earlier one wrote."""
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    # Both would take processor time from the steps: zstd, by which weights hardly shrink, and a
-    # file of shardings, which nobody reads, as who restores gives them (docs/benchmarks).
+    # All three would take processor time from the steps: zstd, by which weights hardly shrink, and
+    # files of shardings and of chunk shapes, which nothing here reads: who restores gives the
+    # shardings, as one must to orbax's own reader too, and the record has shapes and digests.
     arrays = ocp.type_handlers.ArrayHandler(enable_write_sharding_file=False)
     types = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
     handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=types)

@@ -28,7 +28,7 @@ from train.report_page import Section
 from train.report_training import Album, Layers, Log
 from train.routes import Routes
 from train.run import CONFIG_FILE, Run, load_trained
-from train.telemetry import routers_of
+from train.step import routers_of
 
 Tree = Any
 Rows = list[dict[str, Any]]

@@ -37,7 +37,7 @@ class Steps(NamedTuple):
 
     Attributes:
         train: (state, batch, key) to (state, metrics); `metrics["router"]` leaves out
-            `idle_places`.
+            `idle_places`, and the orthonormality error of bases that are running state.
         calibrate: (params, router, batch, key, progress) to the routers' next state: a forward pass
             for which nothing is trained; progress as of `Router.update`.
         evaluate: (params, router, batch, key) to sums over the batch.
@@ -94,9 +94,12 @@ def make_steps(
             "learning_rate": learning_rate(_updates_made(before)),
             "skipped": jnp.where(good, 0.0, 1.0),
             # To measure a layer that nothing depends on would be the one reason to compute it.
-            "router": layer_metrics(
-                {place: layer for place, layer in aux.items() if place not in idle},
-                config.accumulate,
+            "router": _of_step(
+                layer_metrics(
+                    {place: layer for place, layer in aux.items() if place not in idle},
+                    config.accumulate,
+                ),
+                state["router"],
             ),
         }
         return new | {"step": state["step"] + 1}, metrics
@@ -250,6 +253,29 @@ def _sum_over(one: Callable[[Batch], Any], batches: Batch) -> Any:
         return jax.tree.map(jnp.add, carry, one(batch)), None
 
     return jax.lax.scan(add, zeros, batches)[0]
+
+
+def routers_of(tree: Tree) -> dict[str, Tree]:
+    """The routers' part of parameters or running state, by place in the period."""
+    groups = tree.get("blocks", {}).get("groups", {})
+    return {
+        place: group["moe"]["router"]
+        for place, group in groups.items()
+        if "router" in group.get("moe", {})
+    }
+
+
+def _of_step(metrics: dict[str, dict[str, Array]], router: Tree) -> dict[str, dict[str, Array]]:
+    """Routing metrics without the check of bases that are running state.
+
+    It would take half a percent of a small step: whoever logs a step reads it off the state
+    (`telemetry.Meter`). The compiler leaves out what nobody asks for.
+    """
+    kept = {place for place, state in routers_of(router).items() if "basis" in state}
+    return {
+        place: {k: v for k, v in layer.items() if k != "orthonormality_error" or place not in kept}
+        for place, layer in metrics.items()
+    }
 
 
 def layer_metrics(aux: dict[str, Aux], parts: int | Array) -> dict[str, dict[str, Array]]:

@@ -24,6 +24,7 @@ from train.evaluate import routing_rows
 from train.flops import flops_per_unit, peak_flops
 from train.logs import RunLog
 from train.run import Run
+from train.step import routers_of
 
 Tree = Any
 Row = dict[str, Any]
@@ -63,9 +64,11 @@ class Meter:
         self.spikes = Spikes(run.config.alarm.loss_spike)
         self.losses: list[tuple[int, Any]] = []
         self.reference = _copy(_bases(state))
-        self.drift = {p: self._compile(drift, q, q) for p, q in self.reference.items()}
-        # Of bases that gradients move the step itself tells.
-        self.gap = {
+        self.drift = {
+            place: self._compile(drift, basis, basis) for place, basis in self.reference.items()
+        }
+        # The step leaves it out for bases that are running state.
+        self.orthonormality = {
             place: self._compile(orthonormality_error, router["basis"])
             for place, router in routers_of(state["router"]).items()
             if "basis" in router
@@ -141,8 +144,8 @@ class Meter:
         for place, row in more.items():
             if place in self.drift:
                 row["drift"] = self.drift[place](self.reference[place], now[place])
-            if place in self.gap:
-                row["orthonormality_error"] = self.gap[place](now[place])
+            if place in self.orthonormality:
+                row["orthonormality_error"] = self.orthonormality[place](now[place])
             if "spectrum" in kept.get(place, {}):
                 row["spectrum"] = kept[place]["spectrum"]
         more = jax.device_get(more)
@@ -241,16 +244,6 @@ def _is_scalar(value: Any) -> bool:
 def _tokens(run: Run) -> int:
     """Tokens of one image, routed or not."""
     return int(run.abstract["params"]["position"].shape[0])
-
-
-def routers_of(tree: Tree) -> dict[str, Tree]:
-    """The routers' part of parameters or running state, by place in the period."""
-    groups = tree.get("blocks", {}).get("groups", {})
-    return {
-        place: group["moe"]["router"]
-        for place, group in groups.items()
-        if "router" in group.get("moe", {})
-    }
 
 
 def _bases(state: Tree) -> dict[str, jax.Array]:

@@ -120,7 +120,7 @@ class WhitenedRouter(Router):
             context,
             k=self.top_k,
             renormalize=self.renormalize,
-            metrics=self._metrics(basis, context.train),
+            metrics=self._metrics(basis),
             good=good,
             stats=_moments(centred, z, self.subspace == "tracked"),
         )
@@ -132,17 +132,13 @@ class WhitenedRouter(Router):
         E, R = directions.shape
         return directions.T * jnp.float32((E / R) ** 0.5)
 
-    def _metrics(self, basis: Array, train: bool) -> dict[str, Array]:
+    def _metrics(self, basis: Array) -> dict[str, Array]:
         """What the state says before this step."""
         spectrum = self.spectrum[...]
-        least = 1e-6 * spectrum[-1] + bases.TINY
-        metrics = {"condition": spectrum[-1] / jnp.maximum(spectrum[0], least)}
-        # To check at every step a basis that training leaves to `update` would take half a percent
-        # of a small step: whoever logs one reads it off the state.
-        if self.subspace == "learned" or not train:
-            error = bases.orthonormality_error(lax.stop_gradient(basis))
-            metrics["orthonormality_error"] = error
-        return metrics
+        return {
+            "orthonormality_error": bases.orthonormality_error(lax.stop_gradient(basis)),
+            "condition": spectrum[-1] / jnp.maximum(spectrum[0], 1e-6 * spectrum[-1] + bases.TINY),
+        }
 
     @staticmethod
     def update(config: MoEConfig, state: State, stats: dict[str, Array], progress: Array) -> State:
@@ -152,8 +148,7 @@ class WhitenedRouter(Router):
         # Means over tokens less the running mean μ; it moves by ρ times the first.
         batch = _means(stats, ("token_sum", "z_sum", "z_gram", "image_sum"))
         shift, turned = batch["token_sum"], batch["z_sum"]
-        gram = batch["z_gram"] if "z_gram" in batch else _gram(state["basis"], batch["image_sum"])
-        square = covariance_target(gram, turned, turned, rho)
+        square = covariance_target(batch["z_gram"], turned, turned, rho)
         covariance = _towards(state["covariance"], square, rho)
         whitener, spectrum = bases.whitener(covariance, _options(config)["whitening"])
         new: dict[str, Any] = {
@@ -219,13 +214,8 @@ def _towards(running: Array, value: Array, rate: Array) -> Array:
     return running + rate[..., None, None] * (value - running)
 
 
-def _gram(basis: Array, image: Array) -> Array:
-    """E[zzᵀ] = Qᵀ E[(h - μ)zᵀ], as z = Qᵀ(h - μ): [...,R,R] from [...,D,R] both."""
-    return jnp.einsum("...dr,...ds->...rs", basis, image, precision=lax.Precision.HIGHEST)
-
-
 def _moments(centred: Array, z: Array, tracked: bool) -> dict[str, Array]:
-    """Sums over counted tokens: D + R + 2 numbers, and D·R for a tracked basis, R² for others.
+    """Sums over counted tokens: D + R + R² + 2 numbers, and D·R for a tracked basis.
 
     Args:
         centred: h - μ [T,D], zero for tokens that do not count.
@@ -233,11 +223,14 @@ def _moments(centred: Array, z: Array, tracked: bool) -> dict[str, Array]:
         tracked: whether the basis is.
     """
     h, z = lax.stop_gradient((centred, z))
-    name, left = ("image_sum", h) if tracked else ("z_gram", z)
-    return {
-        name: jnp.einsum("td,tr->dr", left, z, precision=lax.Precision.HIGHEST),
+    products = {
+        "z_gram": jnp.einsum("tr,ts->rs", z, z, precision=lax.Precision.HIGHEST),
+    }
+    if tracked:
+        products["image_sum"] = jnp.einsum("td,tr->dr", h, z, precision=lax.Precision.HIGHEST)
+    return products | {
         "token_sum": jnp.sum(h, axis=0),
         "token_square": jnp.sum(jnp.square(h)),
         "z_sum": jnp.sum(z, axis=0),
-        "z_square": jnp.sum(jnp.square(z)),
+        "z_square": jnp.trace(products["z_gram"]),
     }

@@ -118,12 +118,12 @@ def test_what_is_not_elliptical_the_offset_takes_up():
 @given(seed=st.integers(0, 1000), scale=st.floats(0.05, 20.0), shift=st.floats(-10.0, 10.0))
 @settings(max_examples=8)
 def test_shift_and_scale_of_all_tokens_change_no_route(seed, scale, shift):
-    some = config()
+    # Without the offset, which forgets its first update, that knows no mean, only by and by.
+    some = config(offset=False)
     tokens = draw((500, D), seed)
     moved = jnp.float32(scale) * tokens + jnp.float32(shift)
-    routes = [settle(some, x, directions(some), updates=40)[1] for x in (tokens, moved)]
-    # All but near ties: the offset has not quite forgotten the first update, which knows no mean.
-    assert np.mean(np.asarray(routes[0] == routes[1])) > 0.98
+    routes = [settle(some, x, directions(some))[1] for x in (tokens, moved)]
+    assert np.mean(np.asarray(routes[0] == routes[1])) > 0.99  # but for ties by rounding
 
 
 def test_an_invertible_map_keeps_the_loads_of_elliptical_tokens():
@@ -160,9 +160,8 @@ def test_scores_by_hand():
     assert routing.indices.tolist() == [[0]]
     stats = routing.stats
     chex.assert_trees_all_equal(stats["token_sum"], jnp.array([2.0, 1.0, 8.0]))
+    chex.assert_trees_all_equal(stats["z_gram"], jnp.array([[4.0, 2.0], [2.0, 1.0]]))
     chex.assert_trees_all_equal(stats["image_sum"], jnp.array([[4.0, 2.0], [2.0, 1.0], [16.0, 8]]))
-    chex.assert_trees_all_equal(stats["z_sum"], jnp.array([2.0, 1.0]))
-    chex.assert_trees_all_equal((stats["token_square"], stats["z_square"]), (69.0, 5.0))
 
 
 def test_the_basis_finds_the_principal_subspace_and_stays_orthonormal():
@@ -229,34 +228,9 @@ def test_gradients_reach_tokens_directions_and_temperature_and_no_statistics():
     # The statistics pass no gradient.
     def counted(tokens):
         stats = router(tokens, context).stats
-        return sum(jnp.sum(stats[name]) for name in ("image_sum", "z_square", "token_square"))
+        return sum(jnp.sum(stats[name]) for name in ("z_gram", "image_sum", "token_square"))
 
     assert not np.any(np.asarray(jax.grad(counted)(draw((6, D)))))
-
-
-def test_the_covariance_of_projections_follows_from_the_image():
-    some = {name: config(subspace=name, rank=3) for name in ("tracked", "fixed")}
-    tokens, context = 2 * draw((40, D)) + 1, Context(jnp.arange(40)[None] < 30)
-    new = {}
-    for name, each in some.items():
-        router = make_router(each, D, rngs=nnx.Rngs(0))
-        stats = router(tokens, context).stats
-        new[name] = WhitenedRouter.update(each, state_of(router), stats, START)
-    z = np.asarray(tokens[:30], np.float64) @ np.asarray(router.basis[...], np.float64)
-    expected = np.cov(z, rowvar=False, bias=True)  # the first update takes that of the batch
-    chex.assert_trees_all_close(new["fixed"]["covariance"], expected, rtol=1e-4, atol=1e-4)
-    chex.assert_trees_all_close(new["tracked"]["covariance"], expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("subspace", ["tracked", "learned", "fixed"])
-def test_training_measures_only_a_basis_that_it_moves(subspace):
-    router = make_router(config(subspace=subspace), D, rngs=nnx.Rngs(0))
-    mask = jnp.ones((1, 6), bool)
-    trained, frozen = (
-        router(draw((6, D)), Context(mask, train=train)).metrics for train in (True, False)
-    )
-    assert ("orthonormality_error" in trained) == (subspace == "learned")
-    assert float(frozen["orthonormality_error"]) < 1e-5
 
 
 def test_a_learned_basis_is_a_parameter_and_a_fixed_one_never_moves():
@@ -310,7 +284,7 @@ def after(config, tokens, steps=3):
     ],
 )
 def test_degenerate_tokens_leave_everything_finite(tokens, whitening):
-    state, routing = after(config(whitening=whitening), jnp.asarray(tokens))
+    state, routing = after(config(whitening=whitening, rank=D - 1), jnp.asarray(tokens))
     chex.assert_tree_all_finite(state)
     chex.assert_tree_all_finite((routing.weights, routing.probs))
     assert float(bases.orthonormality_error(state["basis"])) < 1e-5
@@ -320,8 +294,8 @@ def test_degenerate_tokens_leave_everything_finite(tokens, whitening):
 def test_one_bad_token_is_left_out_of_the_statistics(bad):
     tokens = draw((20, D))
     spoilt = jnp.concatenate([tokens, jnp.full((1, D), bad)])
-    clean, _ = after(config(), tokens)
-    state, routing = after(config(), spoilt)
+    clean, _ = after(config(rank=D - 1), tokens)
+    state, routing = after(config(rank=D - 1), spoilt)
     chex.assert_trees_all_close(state, clean, rtol=1e-5, atol=1e-6)
     assert np.all(np.isfinite(routing.weights))
 

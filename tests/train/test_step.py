@@ -142,6 +142,20 @@ def test_metrics_are_all_there_and_agree_with_each_other():
     assert 0 < eigen[0]["router"]["0"]["energy"][0] < 1
 
 
+@pytest.mark.parametrize(
+    ("subspace", "told"), [("tracked", False), ("fixed", False), ("learned", True)]
+)
+def test_a_step_checks_only_the_bases_that_are_parameters(subspace, told):
+    moe = {"router": "whitened", "basis": {"rank": 4}, "routing": {"subspace": subspace}}
+    own = Trainer(small_tree(moe))
+    state = jax.eval_shape(lambda: own.fresh)
+    key = jax.random.key(0)
+    _, metrics = jax.eval_shape(own.steps.train, state, text_batch(), key)
+    assert ("orthonormality_error" in metrics["router"]["0"]) == told
+    sums = jax.eval_shape(own.steps.evaluate, state["params"], state["router"], text_batch(), key)
+    assert "orthonormality_error" in sums["aux"]["0"].metrics
+
+
 def test_the_selection_bias_moves_against_the_load():
     state, history = trained("loss_free")
     bias = state["router"]["blocks"]["groups"]["0"]["moe"]["router"]["bias"][0]
