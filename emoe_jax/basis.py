@@ -74,11 +74,8 @@ def _gram(weight: Array) -> Array:
 
 def _gram_gap(weight: Array) -> Array:
     """WᵀW - I [...,R,R]."""
-    return _less_identity(_gram(weight))
-
-
-def _less_identity(square: Array) -> Array:
-    return square - jnp.broadcast_to(jnp.eye(square.shape[-1], dtype=square.dtype), square.shape)
+    gram = _gram(weight)
+    return gram - jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
 
 
 def orthonormalize(weight: Array, method: str = "qr") -> Array:
@@ -172,16 +169,6 @@ TINY = 1e-12
 """Added as well, so that nothing is divided by the zero variance of constant tokens."""
 
 
-FAR = 1e3
-"""Sum of squared tangents of the angles to the next basis above which `follow` takes its slower
-way: below it XᵀX, which is I but for these, has a condition number of 1e3 at most, and one
-Newton-Schulz step mends the rounding."""
-
-ASKEW = 1e-2
-"""Largest |QᵀX - I| for which X is taken to be beside Q: the ridge bounds the condition number of
-QᵀV by about R/RIDGE, of which float32 leaves less than that."""
-
-
 def follow(image: Array, basis: Array) -> Array:
     """The next basis of a tracked principal subspace: one orthogonal iteration, without spin.
 
@@ -189,11 +176,6 @@ def follow(image: Array, basis: Array) -> Array:
     principal subspace of Σ than that of Q (Golub and Van Loan, Matrix Computations, section 8.2.4).
     Of its orthonormal bases this is the one nearest to Q (orthogonal Procrustes), so that
     directions do not turn within the subspace from step to step. Directions without variance stay.
-
-    X = V(QᵀV)⁻¹ spans what V does, and QᵀX = I. With any orthonormal basis U of that span X = UUᵀX,
-    so UᵀQ = (UᵀX)⁻ᵀ, whose polar factor is that of UᵀX: the basis wanted is the polar factor of X,
-    which is near Q already. Where it is not, or QᵀV is singular, U is taken by QR, and the polar
-    factor of UᵀQ by its singular values, in three times the time (docs/performance.md).
 
     Args:
         image: V [...,D,R] float32.
@@ -208,42 +190,14 @@ def follow(image: Array, basis: Array) -> Array:
     # V has tr(QᵀΣQ) on the diagonal of QᵀV: a share of it keeps directions without variance.
     trace = jnp.sum(image * basis, axis=(-2, -1), keepdims=True)
     floor = RIDGE * jnp.abs(trace) / R + TINY
-    moved = image + floor * basis
-    beside = _beside(moved, basis)
-    askew = _less_identity(_product(jnp.swapaxes(basis, -1, -2), beside))
-    tangents = jnp.sum(jnp.square(beside), axis=(-2, -1)) - R
-    # False where something is not finite. One answer for all layers, as a branch takes one way.
-    near = jnp.all(tangents < FAR) & jnp.all(jnp.abs(askew) < ASKEW)
-    turned = lax.cond(near, _polar_factor, lambda _: _nearest_in_span(moved, basis), beside)
-    # One Newton-Schulz step takes the rounding of the products out, which steps would add up.
-    return turned + _product(turned, -0.5 * _gram_gap(turned))
-
-
-def _beside(image: Array, basis: Array) -> Array:
-    """X = V(QᵀV)⁻¹ [...,D,R]."""
-    across = jnp.swapaxes(basis, -1, -2)
-    first = _product(image, jnp.linalg.inv(_product(across, image)))
-    # QᵀV is as ill-conditioned as the spectrum is wide: a Newton step squares the error of QᵀX = I.
-    return 2.0 * first - _product(first, _product(across, first))
-
-
-def _polar_factor(weight: Array) -> Array:
-    """W(WᵀW)^-½ [...,D,R], the matrix with orthonormal columns nearest to W."""
-    values, vectors = jnp.linalg.eigh(_gram(weight))
-    root = _product(vectors * lax.rsqrt(values)[..., None, :], jnp.swapaxes(vectors, -1, -2))
-    return _product(weight, root)
-
-
-def _nearest_in_span(image: Array, basis: Array) -> Array:
-    """Of the orthonormal bases of the span of V the one nearest to Q [...,D,R]."""
-    span = qr(image)
+    span = qr(image + floor * basis)
     overlap = jnp.einsum("...dr,...ds->...rs", span, basis, precision=_HIGHEST)
     left, _, right = jnp.linalg.svd(overlap)
-    return _product(span, _product(left, right))
-
-
-def _product(left: Array, right: Array) -> Array:
-    return jnp.matmul(left, right, precision=_HIGHEST)
+    turn = jnp.einsum("...rs,...st->...rt", left, right, precision=_HIGHEST)
+    turned = jnp.einsum("...dr,...rs->...ds", span, turn, precision=_HIGHEST)
+    # One Newton-Schulz step takes the rounding of the products out, which steps would add up.
+    polish = -0.5 * _gram_gap(turned)
+    return turned + jnp.einsum("...dr,...rs->...ds", turned, polish, precision=_HIGHEST)
 
 
 def whitener(covariance: Array, power: float) -> tuple[Array, Array]:

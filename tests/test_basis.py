@@ -13,7 +13,7 @@ from emoe_jax import basis as bases
 
 pytestmark = pytest.mark.usefixtures("strict")
 
-FOLLOW, NEAREST = jax.jit(bases.follow), jax.jit(bases._nearest_in_span)
+FOLLOW = jax.jit(bases.follow)
 QR, CHOLESKY_QR, ERROR = map(jax.jit, (bases.qr, bases.cholesky_qr, bases.orthonormality_error))
 ORTHONORMALIZE = jax.jit(bases.orthonormalize, static_argnums=1)
 SHAPES = ((1, 1), (4, 4), (9, 3), (2, 8, 5))
@@ -272,7 +272,6 @@ def check_nearest(followed, image, basis, atol):
     R = basis.shape[-1]
     trace = jnp.einsum("...dr,...dr->...", image, basis)[..., None, None]
     moved = image + bases.RIDGE * trace / R * basis
-    chex.assert_trees_all_close(followed, NEAREST(moved, basis), atol=atol)
     assert float(jnp.max(bases.drift(followed, QR(moved)))) < atol
     # No turn of it is nearer where its overlap with Q is symmetric and has no negative eigenvalue.
     overlap = jnp.einsum("...dr,...ds->...rs", followed, basis)
@@ -297,16 +296,7 @@ def test_following_takes_the_nearest_basis_of_the_span(shape, seed, settled):
     check_nearest(FOLLOW(sigma @ basis, basis), sigma @ basis, basis, atol=1e-4)
 
 
-@pytest.mark.parametrize("tangent", [20.0, 22.0, 25.0, 1e4])  # FAR = 1e3 is 2 · 22.4²
-def test_following_a_turn_of_many_degrees(tangent):
-    # V = (cos, sin) of an angle near 90 degrees for each of two directions.
-    basis = jnp.eye(5)[:, :2]
-    image = (basis + tangent * jnp.eye(5)[:, 2:4]) / tangent
-    check_nearest(FOLLOW(image, basis), image, basis, atol=1e-4)
-
-
 def test_following_one_variance_far_above_the_others():
-    # QᵀV is as ill-conditioned as the ridge lets it be, about R / RIDGE.
     sigma = jnp.diag(jnp.array([1e5, *jnp.linspace(2.0, 1.0, 9)]))
     basis = bases.qr(draw((10, 6)) + 3 * jnp.eye(10)[:, :6])
     for _ in range(3):
