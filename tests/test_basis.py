@@ -308,7 +308,7 @@ def test_following_one_variance_far_above_the_others():
 
 
 def test_following_an_image_at_right_angles():
-    # QᵀV = 0 has no inverse: all of the next basis lies outside the span of the last.
+    # QᵀV = 0: all of the next basis lies outside the span of the last.
     basis, image = jnp.eye(5)[:, :2], 3.0 * jnp.eye(5)[:, 2:4]
     followed = bases.follow(image, basis)
     assert float(bases.drift(followed, jnp.eye(5)[:, 2:4])) < 1e-5
