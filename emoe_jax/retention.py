@@ -96,7 +96,7 @@ def _registry() -> ocp.handlers.CheckpointHandlerRegistry:
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     # All three would take processor time from the steps: zstd, by which weights hardly shrink, and
     # files of shardings and of chunk shapes, which nothing here reads: who restores gives the
-    # shardings, as one must to orbax's own reader too, and the record has shapes and digests.
+    # shardings (orbax's own `PyTreeCheckpointer` needs them then too), and the record has shapes.
     arrays = ocp.type_handlers.ArrayHandler(enable_write_sharding_file=False)
     types = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
     handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=types)
