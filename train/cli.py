@@ -82,7 +82,7 @@ def _run_on_several(main: Callable[[list[str]], Any], argv: list[str]) -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """False for what orbax says whenever a run is only read, as it was asked to, and for its stacks.
+    """False for what orbax says whenever a run is read, as it was asked to, and for its stacks.
 
     Its threads log the stack of an error when they get to it: perhaps after the last words of the
     program, which is told the error itself and says what to do about it.

@@ -13,8 +13,6 @@ from matplotlib.figure import Figure
 from train.comparison import Interval
 
 MARKERS = "osD^vP*Xh<>"
-BINS = 60
-"""Points of a curve at most: single batches are noisy."""
 
 
 def loss_against_balance(
@@ -48,7 +46,7 @@ def loss_against_balance(
 
 
 def balance_over_training(
-    file: pathlib.Path, curves: Mapping[str, Sequence[Mapping[int, float]]], floor: float
+    file: pathlib.Path, curves: Mapping[str, Sequence[Mapping[float, float]]], floor: float
 ) -> None:
     """MaxVio of single batches over training: mean over seeds, and the band from least to most.
 
@@ -62,15 +60,12 @@ def balance_over_training(
         steps = sorted(set.intersection(*(set(seed) for seed in seeds)))
         if not steps:
             continue
-        parts = np.array_split(np.arange(len(steps)), min(BINS, len(steps)))
-        x = [float(np.mean(np.asarray(steps)[part])) for part in parts]
-        values = np.array([[seed[step] for step in steps] for seed in seeds])
-        binned = np.array([values[:, part].mean(axis=1) for part in parts])
+        values = np.array([[seed[step] for seed in seeds] for step in steps])
         # A logarithm shows no zero; expert choice has nothing else.
-        binned[binned <= 0] = np.nan
-        (line,) = axes.plot(x, binned.mean(axis=1), label=name)
+        values[values <= 0] = np.nan
+        (line,) = axes.plot(steps, values.mean(axis=1), label=name)
         axes.fill_between(
-            x, binned.min(axis=1), binned.max(axis=1), color=line.get_color(), alpha=0.2, lw=0
+            steps, values.min(axis=1), values.max(axis=1), color=line.get_color(), alpha=0.2, lw=0
         )
     axes.axhline(floor, color="black", linestyle="--", linewidth=1, label="chance alone")
     axes.set_yscale("log")

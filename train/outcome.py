@@ -25,7 +25,7 @@ from emoe_jax.config import ViTConfig, require
 from emoe_jax.sharding import replicated
 from train import cluster
 from train.comparison import noise_floor
-from train.config import changed_keys, digest
+from train.config import changed_keys, filled, to_json
 from train.data.text import TextData
 from train.diversity import compile_similarity, expert_similarity, mean_similarity, swap_cost
 from train.evaluate import Rows, Scalars, compile_evaluate
@@ -40,6 +40,13 @@ Tree = Any
 Result = dict[str, Any]
 
 RESULT = "result.json"
+
+RUNS = "runs"
+"""`table` of those rows of a study's JSON that are results."""
+
+CURVE_POINTS = 60
+"""Points of a curve at most: single batches are noisy."""
+
 SIMILARITY = "similarity.npz"
 """Similarity matrices [E,E] by layer, of the trained model."""
 
@@ -97,7 +104,7 @@ def measure(
         "options": dict(variant.options),
         "causal": variant.causal,
         "seed": tree.seed,
-        "config_digest": digest(tree),
+        "config": json.loads(to_json(tree)),
         "initial_weights": fingerprint(run, untrained["params"]),
         "metrics": task
         | from_history(history)
@@ -105,7 +112,8 @@ def measure(
         | floors(run)
         | measured
         | {"seconds": seconds, "rate": rate(history, run.unit)},
-        "load": {row["layer"]: row["load"] for row in rows},
+        "load": {row["layer"]: [round(share, 6) for share in row["load"]] for row in rows},
+        "batch_max_vio": curve(violations(history)),
         "made_by": run_facts(),
     }
 
@@ -196,6 +204,22 @@ def violations(history: Sequence[Mapping[str, float]]) -> dict[int, float]:
     return {step: value for step, value in means.items() if value is not None}
 
 
+def curve(values: Mapping[int, float], points: int = CURVE_POINTS) -> list[list[float]]:
+    """A curve of at most so many points, each the mean of neighbouring steps.
+
+    Args:
+        values: by step.
+        points: how many.
+
+    Returns:
+        The steps, and the values.
+    """
+    steps = sorted(values)
+    parts = np.array_split(np.arange(len(steps)), max(1, min(points, len(steps))))
+    lines = np.asarray([steps, [values[step] for step in steps]], float)
+    return [[float(line[part].mean()) for part in parts if part.size] for line in lines]
+
+
 def rate(history: Sequence[Mapping[str, float]], unit: str) -> float | None:
     """Median of the logged rates."""
     name = f"train/{unit}_per_second"
@@ -245,14 +269,53 @@ def read_result(file: pathlib.Path) -> Result:
         ValueError: the file is damaged.
     """
     try:
-        result = json_file.read_object(file)
-        metrics = result["metrics"].items()
-        result["metrics"] = {k: None if v is None else float(v) for k, v in metrics}
+        return _checked(json_file.read_object(file))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{file} is damaged ({error}); delete it: the same command then measures the run again"
         ) from error
-    return result
+
+
+def read_results(path: str) -> dict[tuple[str, int], Result]:
+    """The results in a file that `python -m train.compare --json` wrote, by variant and seed.
+
+    Args:
+        path: of the file; "" gives none.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is another kind of file.
+    """
+    if not path:
+        return {}
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"--results={path}: there is no such file")
+    try:
+        rows = json_file.read_object(file)["rows"]
+        results = [_whole(row) for row in rows if row["table"] == RUNS]
+        return {(result["variant"], result["seed"]): result for result in results}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"--results={path} holds no results ({error}); give a file that python -m train.compare"
+            " --json=FILE has written"
+        ) from error
+
+
+def _checked(result: Result) -> Result:
+    """A result whose metrics are numbers or None."""
+    metrics = {k: None if v is None else float(v) for k, v in result["metrics"].items()}
+    return result | {"metrics": metrics}
+
+
+def _whole(result: Result) -> Result:
+    """A result that has all that a comparison reads."""
+    steps, values = ([float(value) for value in part] for part in result["batch_max_vio"])
+    require(len(steps) == len(values), f"{len(steps)} steps with {len(values)} values")
+    load = {k: [float(share) for share in shares] for k, shares in result["load"].items()}
+    numbers = {"seed": int(result["seed"]), "load": load, "batch_max_vio": [steps, values]}
+    words = {name: str(result[name]) for name in ("variant", "initial_weights")}
+    return _checked(result) | words | numbers | {"config": filled(result["config"])}
 
 
 def check_unchanged(workdir: pathlib.Path, tree: config_dict.ConfigDict) -> None:
@@ -264,10 +327,28 @@ def check_unchanged(workdir: pathlib.Path, tree: config_dict.ConfigDict) -> None
     file = workdir / CONFIG_FILE
     if not file.is_file():
         return
-    changed = changed_keys(read_config(file), tree.to_dict())
+    _refuse_changes(f"{workdir} holds a run of", read_config(file), tree)
+
+
+def check_same(what: str, result: Result, tree: config_dict.ConfigDict) -> None:
+    """Refuses a result of another configuration; where data lie may differ.
+
+    Args:
+        what: begins the error.
+        result: from `read_results`.
+        tree: the experiment that it is to be of.
+
+    Raises:
+        ValueError: names the keys that differ.
+    """
+    _refuse_changes(what, result["config"], tree)
+
+
+def _refuse_changes(what: str, before: Tree, tree: config_dict.ConfigDict) -> None:
+    changed = changed_keys(before, tree.to_dict())
     changed = [line for line in changed if not line.partition(":")[0].endswith("_dir")]
     require(
         not changed,
-        f"{workdir} holds a run of another configuration ({'; '.join(changed)}), and a study"
-        " compares runs of one; set these keys back, or use another --workdir",
+        f"{what} another configuration ({'; '.join(changed)}), and a study compares runs of one;"
+        " set these keys back, or use another --workdir",
     )

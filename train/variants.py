@@ -4,6 +4,10 @@ A variant is the name of a router, or a name from a JSON file of options:
 
     {"no_offset": {"router": "whitened", "moe.routing.offset": false}}
 
+With "like" in the place of "router" a variant has besides the options of another variant, or is
+like a router where no variant has that name: so what a variant is without one of its parts is
+compared at the options for which the whole was tuned.
+
 `tuned.json`, which `python -m train.compare --tune` writes, is such a file; under `tried` it also
 keeps all points that were tried, which nobody reads here.
 """
@@ -74,15 +78,20 @@ class Variant:
         return dataclasses.replace(self, options=dict(self.options) | dict(options))
 
 
-def read_options(path: str) -> dict[str, dict[str, Any]]:
-    """Reads a file of variants; "" gives none.
+def read_options(paths: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Reads files of variants; of two variants of one name the one in the later file stays.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no JSON object of objects.
+        ValueError: one is no JSON object of objects.
     """
-    if not path:
-        return {}
+    variants: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        variants |= _read_options(path)
+    return variants
+
+
+def _read_options(path: str) -> dict[str, dict[str, Any]]:
     file = pathlib.Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"--options={path}: there is no such file")
@@ -121,7 +130,7 @@ def _variant(name: str, options: Mapping[str, Mapping[str, Any]]) -> Variant:
         " letters, digits and _ . + -",
     )
     if name in options:
-        given = {key: _plain(value) for key, value in options[name].items() if key != "tried"}
+        given = _given(name, options)
         router = given.pop("router", None)
         require(
             isinstance(router, str) and router in ROUTERS,
@@ -136,6 +145,26 @@ def _variant(name: str, options: Mapping[str, Mapping[str, Any]]) -> Variant:
     hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
     require(name in ROUTERS, f"--routers: {name!r} is neither a variant nor a router; {hint}")
     return Variant(name, name)
+
+
+def _given(
+    name: str, options: Mapping[str, Mapping[str, Any]], below: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """The router and the dotted keys of a variant, those of the one that it is like included."""
+    given = {key: _plain(value) for key, value in options[name].items() if key != "tried"}
+    if "like" not in given:
+        return given
+    like = given.pop("like")
+    require(
+        "router" not in given,
+        f"variant {name!r} has both 'router' and 'like'; leave one out",
+    )
+    require(
+        isinstance(like, str) and like not in (*below, name),
+        f"variant {name!r} is like {reprlib.repr(like)}, which is no name or leads back to it",
+    )
+    whole = _given(like, options, (*below, name)) if like in options else {"router": like}
+    return whole | given
 
 
 def _plain(value: Any) -> Any:

@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
 # The study of docs/routing.md: four tasks, two shapes of the experts, every router tuned on a seed
-# of its own, in the environment that README makes. Some twelve hours on two cores; stopped and
-# started again it goes on where it was.
+# of its own, in the environment that README makes. Some twelve hours on two cores.
 #
 #     docs/studies/study.sh FOLDER [CELL...]
 #
-# FOLDER takes the runs; CELL is TASK_SHAPE, such as fashion_e32, and all of them if none is named.
+# CELL is TASK_SHAPE, such as fashion_e32, and all of them if none is named. FOLDER takes
+# TASK_tuned.json, CELL.json with all numbers, CELL.txt with the tables, and runs/. Stopped and
+# started again it goes on where it was, also in a folder that holds the JSON files alone, such as
+# docs/studies/results. SEEDS=2 makes fewer seeds than five, STAGE=routers leaves the controls to a
+# later start. Cells of different tasks may be made at the same time.
 set -euo pipefail
 
 if [ $# -eq 0 ]; then
-  sed -n '2,8p' "$0" | cut -c3- >&2
+  sed -n '2,11p' "$0" | cut -c3- >&2
   exit 2
 fi
 folder=$(realpath -m "$1")
@@ -19,58 +22,65 @@ cells=("$@")
 if [ ${#cells[@]} -eq 0 ]; then
   cells=({fashion,sotu,bytes,shakespeare}_e32 {fashion,sotu,bytes,shakespeare}_e8)
 fi
-
 for cell in "${cells[@]}"; do
   if ! [[ $cell =~ ^(fashion|sotu|bytes|shakespeare)_(e8|e32)$ ]]; then
     echo "$cell: a cell is fashion, sotu, bytes or shakespeare, _, and e8 or e32" >&2
     exit 2
   fi
 done
+stage=${STAGE:-all}
+case $stage in
+  routers | all) ;;
+  *)
+    echo "STAGE=$stage: it is routers or all" >&2
+    exit 2
+    ;;
+esac
 
-seeds=5
-short=(--config.steps=300 --config.optim.warmup=30 --config.eval_every=150 --config.settle=100
+# One model for all tasks but for its ends: width 96, four blocks, each with experts.
+short=(--config.steps=300 --config.optim.warmup=30 --config.settle=100
   --config.checkpoint.every=300)
-text=(--config.model.width=128 --config.data.sequence_length=256 --config.batch=8)
+text=(--config.model.width=96 --config.data.sequence_length=256 --config.batch=8)
 routers=whitened,softmax_offset,loss_free,switch,softmax,eigen
+# Each is a router without one of its parts, at the option for which the whole was tuned.
 controls=loss_free_softmax,no_offset,no_whitening,fixed_rank_E,rank_E,rank_2E
+e32=(--config.moe.experts=32 --config.moe.top_k=2 --config.moe.hidden=96)
+e8=(--config.moe.experts=8 --config.moe.top_k=1 --config.moe.hidden=192)
 
-# compare CELL ROUTERS FLAG...: tunes, then compares.
-compare() {
-  local cell=$1 names=$2
-  shift 2
-  python -m train.compare --tune --workdir="$folder/$cell" --routers="$names" \
-    --options=docs/studies/controls.json "$@" "${short[@]}"
-  python -m train.compare --workdir="$folder/$cell" --routers="$names" --seeds=$seeds \
-    --options="$folder/$cell/tuned.json" --json="$folder/$cell.json" "$@" "${short[@]}"
-}
-
+mkdir -p "$folder"
 for cell in "${cells[@]}"; do
-  task=${cell%_*} shape=${cell##*_}
-  names=$routers
+  task=${cell%_*} names=$routers evaluated=300
   case $task in
     fashion)
       # Unaugmented: the held-out images are not, and routers balance what they are trained on.
       flags=(--config=configs/vit_fashion_mnist.py --config.batch=64 --config.data.flip=False)
-      names=$names,expert_choice
-      hidden=192
+      names=$names,expert_choice evaluated=150
       ;;
-    sotu) flags=(--config=configs/lm_sotu.py "${text[@]}") hidden=256 ;;
+    sotu) flags=(--config=configs/lm_sotu.py "${text[@]}" --config.data.vocab_size=1024) ;;
     bytes) flags=(--config=configs/lm_sotu.py "${text[@]}" --config.data.tokenizer=bytes
-        --config.data.vocab_size=258)
-      hidden=256
-      ;;
-    shakespeare) flags=(--config=configs/lm_shakespeare.py "${text[@]}") hidden=256 ;;
-  esac
-  # As much is active in either shape: one expert of F, or two of F/2.
-  case $shape in
-    e8) flags+=(--config.moe.experts=8 --config.moe.top_k=1 "--config.moe.hidden=$hidden") ;;
-    e32)
-      flags+=(--config.moe.experts=32 --config.moe.top_k=2 "--config.moe.hidden=$((hidden / 2))")
-      names=$names,$controls
-      # Without a rank R = D: every basis spans the whole space, and a fixed one differs from a
-      # tracked one by chance alone. Two cells show by how much that is.
-      case $task in fashion | sotu) names=$names,fixed_basis ;; esac
+      --config.data.vocab_size=258 --config.data.heldout_every=40) ;;
+    shakespeare)
+      flags=(--config=configs/lm_shakespeare.py "${text[@]}" --config.data.vocab_size=1024)
       ;;
   esac
-  compare "$cell" "$names" "${flags[@]}"
+  flags+=("${short[@]}")
+  runs=$folder/runs/$cell tuned=$folder/${task}_tuned.json results=$folder/$cell.json
+  if ! [ -f "$tuned" ]; then
+    # With the many experts, for either shape.
+    python -m train.compare --tune --workdir="$folder/runs/$task" --routers="$names" \
+      --config.eval_every=300 "${flags[@]}" "${e32[@]}"
+    cp "$folder/runs/$task/tuned.json" "$tuned"
+  fi
+  case $cell in
+    *_e8) flags+=("${e8[@]}") ;;
+    *)
+      flags+=("${e32[@]}")
+      if [ "$stage" = all ]; then names=$names,$controls; fi
+      ;;
+  esac
+  known=()
+  if [ -f "$results" ]; then known=("--results=$results"); fi
+  python -m train.compare --workdir="$runs" --routers="$names" --seeds="${SEEDS:-5}" \
+    --options="$tuned,docs/studies/controls.json" --json="$results" --baseline=whitened \
+    --config.eval_every=$evaluated "${known[@]}" "${flags[@]}" > "$folder/$cell.txt"
 done

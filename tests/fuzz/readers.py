@@ -362,12 +362,13 @@ def _variants() -> Sequence[Input]:
     tree = {
         "no_offset": {"router": "whitened", "moe.routing.offset": False, "moe.top_k": 1},
         "hot": {"router": "softmax", "moe.routing.temperature": 2.0, "tried": [{"loss": 1}]},
+        "hotter": {"like": "hot", "moe.routing.temperature": 3.0},
     }
     return [{"options.json": _json(tree)}]
 
 
 def _read_variants(folder: pathlib.Path) -> None:
-    options = variants.read_options(str(folder / "options.json"))
+    options = variants.read_options([str(folder / "options.json")])
     for name in options:
         (variant,) = variants.choose([name], options)
         variants.check(variants.variant_tree(vit_tree(), variant, 1))
@@ -392,7 +393,15 @@ def _results() -> Sequence[Input]:
 
 
 def _studies() -> Sequence[Input]:
-    return [{"study.json": _json({"rows": [{"a": 1}], "run": {"command": "x"}})}]
+    row = {"variant": "a", "seed": 3, "config": {"task": "lm"}, "initial_weights": "b0"}
+    numbers = {"load": {"layer_00": [0.5, 0.5]}, "batch_max_vio": [[1, 2], [0.5, 0.25]]}
+    rows = [{"table": "runs", "metrics": {"loss": 1.5, "dead": None}} | row | numbers]
+    return [{"study.json": _json({"rows": rows, "run": {"command": "x"}})}]
+
+
+def _read_study(folder: pathlib.Path) -> None:
+    report.read_study(str(folder / "study.json"))
+    outcome.read_results(str(folder / "study.json"))
 
 
 # ---------------------------------------------------------------------------------------- table
@@ -490,7 +499,5 @@ READERS = {
     "result": Reader(
         10, _results, JSON, lambda folder: outcome.read_result(folder / "result.json")
     ),
-    "study": Reader(
-        10, _studies, JSON, lambda folder: report.read_study(str(folder / "study.json"))
-    ),
+    "study": Reader(10, _studies, JSON, _read_study),
 }

@@ -1,5 +1,7 @@
-"""One finished run that several files look at."""
+"""What several files look at: a finished run, and studies that train nothing."""
 
+import json
+import math
 import pathlib
 from typing import NamedTuple
 
@@ -7,8 +9,10 @@ import pytest
 
 from emoe_jax import sharding
 from tests.train.tiny import lm_tree, mesh_of_one, write_corpus
+from train import loop, outcome, study
+from train.config import to_json
 from train.evaluate import Rows, Scalars
-from train.loop import train
+from train.logs import RunLog, read_metrics
 
 
 class Finished(NamedTuple):
@@ -33,5 +37,40 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     source = write_corpus(folder / "text")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", mesh_of_one)
-        scalars, rows = train(lm_tree(source), folder / "run")
+        scalars, rows = loop.train(lm_tree(source), folder / "run")
     return Finished(folder / "run", source, scalars, rows)
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Puts results that follow from the configuration in the place of training; lists the runs."""
+    runs: list[tuple[str, int]] = []
+
+    def train(tree, workdir):
+        (workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (workdir / "config.json").write_text(to_json(tree))
+        runs.append((tree.moe.router, tree.seed))
+        print("a table of the run")
+        weight = tree.moe.routing.balance_weight or 0.01
+        # Least at 0.01; the difference between the routers is 0.5 in every seed.
+        loss = 2 + tree.seed % 10 + (tree.moe.router == "eigen") / 2 + abs(math.log(weight / 0.01))
+        with RunLog(workdir, total_steps=2, unit="tokens") as log:
+            log.write(1, {"router/layer_00/max_vio": loss})
+            log.write(2, {"router/layer_00/max_vio": 0.0})
+        return {"eval/loss": loss}, []
+
+    def measure(workdir, variant, tree, scalars, rows, seconds):
+        metrics = {"loss": scalars["eval/loss"], "max_vio": 0.1, "batch_max_vio_floor": 0.05}
+        return {
+            "variant": variant.name,
+            "seed": tree.seed,
+            "config": json.loads(to_json(tree)),
+            "initial_weights": f"of seed {tree.seed}",
+            "metrics": metrics | {"seconds": seconds},
+            "load": {"layer_00": [0.25, 0.75]},
+            "batch_max_vio": outcome.curve(outcome.violations(read_metrics(workdir))),
+        }
+
+    monkeypatch.setattr(study, "train", train)
+    monkeypatch.setattr(outcome, "measure", measure)
+    return runs

@@ -9,94 +9,11 @@ import numpy as np
 import pytest
 
 from tests.train.tiny import lm_tree
-from train import compare, outcome
-from train.compare import check_jobs, check_same_start, run_jobs, study_jobs, tune, tuning_jobs
-from train.config import to_json
-from train.logs import RunLog
+from train import compare, outcome, study
+from train.compare import check_same_start, tune, tuning_jobs
 from train.variants import Variant, choose
 
 EIGEN, SWITCH = Variant("eigen", "eigen"), Variant("switch", "switch")
-
-
-@pytest.fixture
-def trained(monkeypatch):
-    """Puts results that follow from the configuration in the place of training; lists the runs."""
-    runs = []
-
-    def train(tree, workdir):
-        (workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (workdir / "config.json").write_text(to_json(tree))
-        runs.append((tree.moe.router, tree.seed))
-        print("a table of the run")
-        weight = tree.moe.routing.balance_weight or 0.01
-        # Least at 0.01; the difference between the routers is 0.5 in every seed.
-        loss = 2 + tree.seed % 10 + (tree.moe.router == "eigen") / 2 + abs(math.log(weight / 0.01))
-        with RunLog(workdir, total_steps=2, unit="tokens") as log:
-            log.write(1, {"router/layer_00/max_vio": loss})
-            log.write(2, {"router/layer_00/max_vio": 0.0})
-        return {"eval/loss": loss}, []
-
-    def measure(workdir, variant, tree, scalars, rows, seconds):
-        metrics = {"loss": scalars["eval/loss"], "max_vio": 0.1, "batch_max_vio_floor": 0.05}
-        return {
-            "variant": variant.name,
-            "seed": tree.seed,
-            "causal": variant.causal,
-            "initial_weights": f"of seed {tree.seed}",
-            "metrics": metrics | {"seconds": seconds},
-            "load": {"layer_00": [0.25, 0.75]},
-        }
-
-    monkeypatch.setattr(compare, "train", train)
-    monkeypatch.setattr(outcome, "measure", measure)
-    return runs
-
-
-def test_all_variants_of_a_seed_come_before_the_next_seed(tmp_path, trained):
-    jobs = study_jobs(lm_tree(), tmp_path, [EIGEN, SWITCH], range(2))
-    results = run_jobs(jobs)
-    assert trained == [("eigen", 0), ("switch", 0), ("eigen", 1), ("switch", 1)]
-    assert [(r["variant"], r["seed"]) for r in results] == trained
-    assert outcome.read_result(tmp_path / "switch/seed_1/result.json") == results[3]
-    assert "a table of the run" in (tmp_path / "eigen/seed_0/train.txt").read_text()
-
-
-def test_a_study_that_was_stopped_goes_on_where_it_was(tmp_path, trained, monkeypatch):
-    jobs = study_jobs(lm_tree(), tmp_path, [EIGEN, SWITCH], range(2))
-    train = compare.train
-
-    def stopped(tree, workdir):
-        result = train(tree, workdir)
-        if len(trained) == 3:
-            raise KeyboardInterrupt
-        return result
-
-    monkeypatch.setattr(compare, "train", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        run_jobs(jobs)
-    assert not (tmp_path / "eigen/seed_1/result.json").exists()
-    check_jobs(jobs)
-    results = run_jobs(jobs)
-    assert trained[3:] == [("eigen", 1), ("switch", 1)]
-    # How long a run took that was stopped on its way is not known.
-    assert results[2]["metrics"]["seconds"] is None
-    assert results[3]["metrics"]["seconds"] > 0
-    assert run_jobs(jobs) == results
-    assert len(trained) == 5
-
-
-def test_a_changed_study_is_refused_before_anything_is_trained(tmp_path, trained):
-    run_jobs(study_jobs(lm_tree(), tmp_path, [EIGEN], range(2)))
-    jobs = study_jobs(lm_tree(steps=30), tmp_path, [SWITCH, EIGEN], range(2))
-    with pytest.raises(ValueError, match=r"eigen/seed_0 holds a run of another .*steps: 24 -> 30"):
-        check_jobs(jobs)
-    check_jobs(study_jobs(lm_tree(), tmp_path, [SWITCH, EIGEN], range(3)))
-
-
-def test_an_impossible_variant_is_named(tmp_path):
-    odd = Variant("odd", "random", {"moe.routing.z_weight": 1.0})
-    with pytest.raises(ValueError, match=r"variant 'odd': routing\.z_weight=1\.0 is set, but"):
-        check_jobs(study_jobs(lm_tree(), tmp_path, [EIGEN, odd], range(2)))
 
 
 def test_tuning_takes_the_point_of_least_loss(tmp_path, trained):
@@ -118,7 +35,7 @@ def test_tuning_takes_the_point_of_least_loss(tmp_path, trained):
 
 def test_tuning_passes_by_what_diverged(tmp_path, trained, monkeypatch):
     losses = iter([math.nan, 3.0, 2.5, math.nan, math.inf, math.nan])
-    monkeypatch.setattr(compare, "train", lambda *_: ({"eval/loss": next(losses)}, []))
+    monkeypatch.setattr(study, "train", lambda *_: ({"eval/loss": next(losses)}, []))
     monkeypatch.setattr(outcome, "write_result", lambda *_: None)
     points = tuning_jobs(lm_tree(), tmp_path, [SWITCH, EIGEN], 1000)
     chosen = tune({"switch": points["switch"]})
@@ -160,7 +77,8 @@ class Flags:
     def __init__(self, workdir, **changes):
         self.config, self.workdir = lm_tree(), str(workdir)
         self.routers, self.seeds, self.baseline = ["switch", "eigen"], 2, ""
-        self.options = self.json = ""
+        self.options: list[str] = []
+        self.json = self.results = ""
         self.tune, self.tune_seed = False, 1000
         vars(self).update(changes)
 
@@ -196,12 +114,26 @@ def test_the_program_prints_tables_and_writes_numbers_and_figures(
         assert (tmp_path / f"figures/{name}.png").stat().st_size > 5000
 
 
+def test_runs_in_a_table_are_not_repeated_and_stay_in_it(tmp_path, trained, program):
+    table = tmp_path / "study.json"
+    program(Flags(tmp_path / "first", json=str(table)))
+    flags = {"routers": ["eigen", "softmax"], "results": str(table), "json": str(table)}
+    program(Flags(tmp_path / "second", **flags))
+    assert trained[4:] == [("softmax", 0), ("softmax", 1)]
+    rows = json.loads(table.read_text())["rows"]
+    runs = [(row["variant"], row["seed"]) for row in rows if row["table"] == "runs"]
+    assert runs == [
+        (name, n) for names in (("switch", "eigen"), ("softmax",)) for n in (0, 1) for name in names
+    ]
+    assert {row["variant"] for row in rows if row["table"] != "runs"} == {"eigen", "softmax"}
+
+
 def test_the_program_tunes(tmp_path, trained, program, capsys):
     program(Flags(tmp_path, tune=True, routers=["switch"], json=str(tmp_path / "tuned_rows.json")))
     assert "chosen options, for --options:" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "tuned_rows.json").read_text())["rows"]) == 3
     tuned = str(tmp_path / "tuned.json")
-    program(Flags(tmp_path, options=tuned, routers=["switch"]))
+    program(Flags(tmp_path, options=[tuned], routers=["switch"]))
     config = json.loads((tmp_path / "switch/seed_0/config.json").read_text())
     assert config["moe"]["routing"]["balance_weight"] == 0.01
 

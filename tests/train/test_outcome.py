@@ -9,7 +9,7 @@ import pytest
 from tests.train.tiny import lm_tree, vit_tree
 from train import outcome, run
 from train.comparison import FAMILIES
-from train.config import freeze, to_json
+from train.config import experiment, freeze, to_json
 
 
 def line(step, *layers, evaluated=()):
@@ -85,6 +85,41 @@ def test_a_result_reads_back_whatever_its_numbers(tmp_path):
         file.write_text(damaged)
         with pytest.raises(ValueError, match=r"result\.json is damaged .* delete it"):
             outcome.read_result(file)
+
+
+def test_a_curve_has_few_points_each_the_mean_of_neighbours():
+    values = {1: 1.0, 2: 3.0, 4: 5.0, 5: 7.0, 7: 9.0}
+    assert outcome.curve(values, 9) == [[1, 2, 4, 5, 7], [1, 3, 5, 7, 9]]
+    assert outcome.curve(values, 2) == [[7 / 3, 6], [3, 8]]
+    assert outcome.curve({}) == [[], []]
+
+
+def test_results_read_back_from_the_tables_of_a_study(tmp_path):
+    row = {
+        "table": "runs",
+        "variant": "a",
+        "seed": 3,
+        "config": {"task": "lm", "steps": 7},
+        "initial_weights": "b0",
+        "metrics": {"loss": "NaN", "dead": None},
+        "load": {"layer_00": [0.5, 0.5]},
+        "batch_max_vio": [[1, 2], [0.5, 0.25]],
+    }
+    file = tmp_path / "study.json"
+    file.write_text(json.dumps({"rows": [{"table": "Cost", "variant": "a"}, row]}))
+    ((key, result),) = outcome.read_results(str(file)).items()
+    assert key == ("a", 3)
+    assert math.isnan(result["metrics"]["loss"])
+    assert result["batch_max_vio"] == [[1, 2], [0.5, 0.25]]
+    # Keys that are younger than the file have their defaults.
+    assert (result["config"]["steps"], result["config"]["batch"]) == (7, experiment("lm").batch)
+    assert outcome.read_results("") == {}
+    with pytest.raises(FileNotFoundError, match="--results=absent: there is no such file"):
+        outcome.read_results("absent")
+    for damage in ({"seed": "x"}, {"load": 3}, {"batch_max_vio": [[1], []]}, {"config": {}}):
+        file.write_text(json.dumps({"rows": [row | damage]}))
+        with pytest.raises(ValueError, match=r"study\.json holds no results .* --json=FILE"):
+            outcome.read_results(str(file))
 
 
 def test_a_run_of_another_configuration_is_refused(tmp_path):

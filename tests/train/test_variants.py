@@ -33,11 +33,11 @@ def test_names_are_looked_up_in_the_options_first_and_among_the_routers_then(tmp
             "switch": {"router": "switch", "moe.routing.balance_weight": 0.1, "tried": [{}]},
         },
     )
-    slow, switch, softmax = choose(["slow", "switch", "softmax"], read_options(path))
+    slow, switch, softmax = choose(["slow", "switch", "softmax"], read_options([path]))
     assert (slow.router, slow.options) == ("loss_free", {"moe.routing.bias_rate": 1e-4})
     assert (switch.router, switch.options) == ("switch", {"moe.routing.balance_weight": 0.1})
     assert softmax == Variant("softmax", "softmax")
-    assert read_options("") == {}
+    assert read_options([]) == {}
 
 
 @pytest.mark.parametrize(
@@ -49,17 +49,50 @@ def test_names_are_looked_up_in_the_options_first_and_among_the_routers_then(tmp
         ({"a": {}}, "variant 'a' has router=None; choose one of "),
         ({"a": {"router": ["eigen"]}}, "variant 'a' has router=('eigen',); choose one of "),
         ({"a": {"router": "eigne"}}, "variant 'a' has router='eigne'; choose one of "),
+        ({"a": {"router": "eigen", "like": "b"}}, "variant 'a' has both 'router' and 'like'"),
+        ({"a": {"like": 3}}, "variant 'a' is like 3, which is no name or leads back to it"),
+        ({"a": {"like": "b"}, "b": {"like": "a"}}, "variant 'b' is like 'a', which is no name or"),
+        ({"a": {"like": "none"}}, "variant 'a' has router='none'; choose one of "),
         ({"a": {"router": "eigen", "seed": 3}}, "sets 'seed', which the study decides"),
     ],
 )
 def test_options_that_are_none_are_refused(text, said, tmp_path):
     with pytest.raises(ValueError, match=re.escape(said)):
-        choose(["a"], read_options(options_file(tmp_path, text)))
+        choose(["a"], read_options([options_file(tmp_path, text)]))
+
+
+def test_a_variant_that_is_like_another_has_its_options(tmp_path):
+    parts = {
+        "bare": {"like": "whitened", "moe.routing.offset": False},
+        "barer": {"like": "bare", "moe.routing.whitening": 0.0},
+    }
+    tuned = {"whitened": {"router": "whitened", "moe.routing.temperature": 0.3, "tried": []}}
+    plain = options_file(tmp_path, parts)
+    (bare,) = choose(["bare"], read_options([plain]))
+    assert bare == Variant("bare", "whitened", {"moe.routing.offset": False})
+    (tmp_path / "tuned.json").write_text(json.dumps(tuned))
+    both = read_options([plain, str(tmp_path / "tuned.json")])
+    (barer,) = choose(["barer"], both)
+    assert barer.options == {
+        "moe.routing.temperature": 0.3,
+        "moe.routing.offset": False,
+        "moe.routing.whitening": 0.0,
+    }
+
+
+def test_of_two_files_the_later_one_decides(tmp_path):
+    files = []
+    for number in (1, 2):
+        (tmp_path / f"{number}.json").write_text(
+            json.dumps({"a": {"router": "eigen", "steps": number}})
+        )
+        files.append(str(tmp_path / f"{number}.json"))
+    assert choose(["a"], read_options(files))[0].options == {"steps": 2}
 
 
 def test_names_that_are_none_are_refused():
     with pytest.raises(FileNotFoundError, match="--options=absent: there is no such file"):
-        read_options("absent")
+        read_options(["absent"])
     with pytest.raises(ValueError, match="'swich' is neither a variant nor a router; did you mean"):
         choose(["swich"], {})
     with pytest.raises(ValueError, match="names 'eigen' twice"):
