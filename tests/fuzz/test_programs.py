@@ -39,7 +39,7 @@ MORE = {
     "train parquet": ("parquet", [*TRAIN, "--config.data.sources=('files:*.parquet',)"]),
     "train tokenizer": ("tokenizer", [*TRAIN, "--config.data.tokenizer=tokenizer.json"]),
     "convert torch": ("torch", [*CONVERT, "--from=weights.pth", "--set", "num_heads=2"]),
-    "compare": ("variants", [*COMPARE, "--routers=hot,no_offset"]),
+    "compare": ("variants", [*COMPARE, "--routers=hot,no_offset,hotter"]),
     "report": ("config", ["train.report", "--workdir=."]),
     "sample": ("config", ["train.sample", "--workdir=.", "--prompt=The"]),
 }
