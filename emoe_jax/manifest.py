@@ -129,9 +129,15 @@ def digests(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
     All processes that hold a part of the arrays call it together; each reads what it holds. Costs
     one pass over the memory.
     """
-    # One compiled call an array, as arrays of a state may lie on different sets of devices; and one
-    # at a time: processes on CPU that have several sums in flight wait for each other forever.
-    return {name: int(digest(array)) for name, array in arrays.items()}
+    # One compiled call an array, as arrays of a state may lie on different sets of devices.
+    sums = {}
+    for name, array in arrays.items():
+        sums[name] = digest(array)
+        if jax.process_count() > 1:
+            # One at a time: processes on CPU that have several sums in flight wait for each other
+            # forever.
+            sums[name].block_until_ready()
+    return {name: int(value) for name, value in jax.device_get(sums).items()}
 
 
 @jax.jit
