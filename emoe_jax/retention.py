@@ -95,8 +95,9 @@ def _registry() -> ocp.handlers.CheckpointHandlerRegistry:
     """Names the two items, so that a new process can read what an earlier one wrote."""
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     # All three would take processor time from the steps: zstd, by which weights hardly shrink, and
-    # files of shardings and of chunk shapes, which nothing here reads: who restores gives the
-    # shardings (orbax's own `PyTreeCheckpointer` needs them then too), and the record has shapes.
+    # files of shardings and, as a handler without a store for them writes none, of chunk shapes.
+    # Nothing here reads these: who restores gives the shardings (orbax's own `PyTreeCheckpointer`
+    # needs them then too), and the record has shapes.
     arrays = ocp.type_handlers.ArrayHandler(enable_write_sharding_file=False)
     types = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
     handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=types)

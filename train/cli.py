@@ -82,14 +82,14 @@ def _run_on_several(main: Callable[[list[str]], Any], argv: list[str]) -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """False for what orbax says whenever a run is read, as it was asked to, and for its stacks.
+    """False for what orbax says whenever a run is only read, as it was asked to.
 
-    Its threads log the stack of an error when they get to it: perhaps after the last words of the
-    program, which is told the error itself and says what to do about it.
+    Of its errors the line stays, without the stack: threads log one when they get to it, perhaps
+    after the last words of the program, which is told the error and says what to do about it.
     """
-    if "Given directory is read only" in record.getMessage():
-        return False
-    return record.exc_info is None or "orbax" not in pathlib.Path(record.pathname).parts
+    if "orbax" in pathlib.Path(record.pathname).parts and not flags.FLAGS.trace:
+        record.exc_info = None
+    return "Given directory is read only" not in record.getMessage()
 
 
 def _log_to_stderr() -> None:

@@ -8,7 +8,8 @@ that is stopped has whole pairs; the same command goes on where it was stopped.
 Prints one table a metric: mean over seeds, and the difference to the baseline seed by seed, each
 with a 95 % t-interval; from five seeds on a bootstrap interval stands beside the second. Figures
 are in DIR/figures, all numbers in --json=FILE. Such a file, given as --results, spares the runs
-that are in it: a study goes on in another folder, and new variants are set beside published ones.
+that are in it, and they are compared too: a study goes on in another folder, and new variants are
+set beside published ones. It is written anew after every run.
 
 With --tune, trains instead a few values of one option for every variant (`variants.TUNING`) with
 one seed that is not of the study, and writes those with the lowest held-out loss to DIR/tuned.json,
@@ -28,10 +29,12 @@ from absl import flags
 from ml_collections import config_dict, config_flags
 
 from emoe_jax.config import require
+from emoe_jax.multihost import gather_texts
+from emoe_jax.routers import router_class
 from train import cli, cluster, figures, outcome, tables
 from train.comparison import Interval, compare, shown
 from train.outcome import Result
-from train.study import Job, check_jobs, run_jobs, study_jobs
+from train.study import Job, check_jobs, check_known, run_jobs, study_jobs
 from train.variants import Variant, choose, read_options, tuning_points, variant_tree
 
 LOGGER = logging.getLogger("train.compare")
@@ -106,25 +109,33 @@ def tuning_rows(chosen: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]
 # ------------------------------------------------------------------------------------- results
 
 
-def notes(variants: Sequence[Variant], task: str) -> dict[str, str]:
+def notes(results: Sequence[Result], task: str) -> dict[str, str]:
     """What is to be said of a variant wherever its numbers stand."""
     if task != "lm":
         return {}
-    return {variant.name: "not causal" for variant in variants if not variant.causal}
+    acausal = (result for result in results if not router_class(result["router"]).CAUSAL)
+    return {result["variant"]: "not causal" for result in acausal}
 
 
 def check_same_start(results: Sequence[Result]) -> None:
-    """Warns where runs of one seed did not begin with the same weights."""
+    """Warns where runs of one seed did not begin with the same weights, or on other machines."""
     starts: dict[int, dict[str, str]] = {}
     for result in results:
         starts.setdefault(result["seed"], {})[result["variant"]] = result["initial_weights"]
     for seed, by_variant in starts.items():
         if len(set(by_variant.values())) > 1:
             LOGGER.warning(
-                "seed %d: the variants began with different weights beside their routers', so"
-                " their differences are not paired: %s",
+                "seed %d: the variants began with different weights beside their routers' (or were"
+                " made by processors that round differently), so their differences may not be"
+                " paired: %s",
                 seed,
                 by_variant,
+            )
+    for fact in ("device", "commit", "versions"):
+        made = {json.dumps(result["made_by"].get(fact)) for result in results}
+        if len(made) > 1:
+            LOGGER.warning(
+                "runs differ in %s, and their cost is not to be compared: %s", fact, sorted(made)
             )
 
 
@@ -192,23 +203,41 @@ def main(argv: list[str]) -> None:
     )
     baseline = choose_baseline(args.baseline, [variant.name for variant in variants])
     jobs = study_jobs(base, workdir, variants, range(base.seed, base.seed + args.seeds))
-    known = cluster.together(lambda: outcome.read_results(args.results))
-    cluster.together(lambda: check_jobs(jobs, known))
-    results = run_jobs(jobs, known)
+    cluster.together(lambda: check_jobs(jobs))
+    there = cluster.together(lambda: outcome.read_results(args.results))
+    # Processes may see a file's new content late: all take what the first one sees.
+    there = json.loads(gather_texts(json.dumps(there))[0])
+    known = check_known(base, jobs, there)
+    results = run_jobs(jobs, known, made=lambda so_far: _keep(args.json, so_far, known))
+    results = _with_known(results, known)
     check_same_start(results)
     if not cluster.is_first():
         return
     rows = compare(results, baseline)
-    for table in shown(rows, baseline, notes(variants, base.task)):
+    if args.json:
+        _keep(args.json, results, known, [row | {"baseline": baseline} for row in rows])
+    for table in shown(rows, baseline, notes(results, base.task)):
         tables.print_table(table["title"], table["rows"])
     draw(results, rows, workdir / "figures")
     print(f"figures: {workdir / 'figures'}")
-    if args.json:
-        summary = [row | {"baseline": baseline} for row in rows]
-        # With runs that are known and not compared here: the file may take the place of --results.
-        kept = known | {(result["variant"], result["seed"]): result for result in results}
-        listed = [{"table": outcome.RUNS} | result for result in kept.values()]
-        tables.write_json(args.json, outcome.strict(summary + listed))
+
+
+def _with_known(results: Sequence[Result], known: Mapping[tuple[str, int], Result]) -> list[Result]:
+    """Results, and behind them those that are known besides: a study only grows."""
+    have = {(result["variant"], result["seed"]) for result in results}
+    return [*results, *(result for key, result in known.items() if key not in have)]
+
+
+def _keep(
+    path: str,
+    results: Sequence[Result],
+    known: Mapping[tuple[str, int], Result],
+    summary: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Writes what there is to --json, after every run: the rest of a study needs no more."""
+    if path and cluster.is_first():
+        listed = [{"table": outcome.RUNS} | result for result in _with_known(results, known)]
+        tables.write_json(path, outcome.strict([*summary, *listed]))
 
 
 def _tell_tuned(chosen: Mapping[str, Mapping[str, Any]], workdir: pathlib.Path, path: str) -> None:

@@ -10,6 +10,7 @@ import json
 import math
 import pathlib
 import re
+import reprlib
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -113,7 +114,7 @@ def measure(
         | measured
         | {"seconds": seconds, "rate": rate(history, run.unit)},
         "load": {row["layer"]: [round(share, 6) for share in row["load"]] for row in rows},
-        "batch_max_vio": curve(violations(history)),
+        "batch_max_vio": curve(violations(history), tree.steps),
         "made_by": run_facts(),
     }
 
@@ -204,20 +205,23 @@ def violations(history: Sequence[Mapping[str, float]]) -> dict[int, float]:
     return {step: value for step, value in means.items() if value is not None}
 
 
-def curve(values: Mapping[int, float], points: int = CURVE_POINTS) -> list[list[float]]:
-    """A curve of at most so many points, each the mean of neighbouring steps.
+def curve(values: Mapping[int, float], steps: int, points: int = CURVE_POINTS) -> list[list[float]]:
+    """A curve of at most so many points, each the mean over an equal part of the steps.
 
     Args:
         values: by step.
-        points: how many.
+        steps: of the run. Runs of as many have their points at the same places.
+        points: how many; there is none where no step of a part has a value.
 
     Returns:
-        The steps, and the values.
+        The middle of each part, and the mean over it.
     """
-    steps = sorted(values)
-    parts = np.array_split(np.arange(len(steps)), max(1, min(points, len(steps))))
-    lines = np.asarray([steps, [values[step] for step in steps]], float)
-    return [[float(line[part].mean()) for part in parts if part.size] for line in lines]
+    width = max(1.0, steps / points)
+    parts: dict[int, list[float]] = {}
+    for step in sorted(values):
+        parts.setdefault(int((step - 1) / width), []).append(values[step])
+    middles = [(part + 0.5) * width + 0.5 for part in parts]
+    return [middles, [statistics.fmean(part) for part in parts.values()]]
 
 
 def rate(history: Sequence[Mapping[str, float]], unit: str) -> float | None:
@@ -262,60 +266,83 @@ def strict(tree: Any) -> Any:
     return tree
 
 
-def read_result(file: pathlib.Path) -> Result:
+def read_result(file: pathlib.Path, *, measured: bool = True) -> Result:
     """Reads a result.
 
+    Args:
+        file: of a run.
+        measured: whether it is one of `measure`, or that of a point of a tuning.
+
     Raises:
-        ValueError: the file is damaged.
+        ValueError: the file is damaged, or lacks what results had not at its time.
     """
     try:
-        return _checked(json_file.read_object(file))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        result = json_file.read_object(file)
+        return _whole(result) if measured else _with_numbers(result)
+    except _DAMAGED as error:
         raise ValueError(
-            f"{file} is damaged ({error}); delete it: the same command then measures the run again"
+            f"{file} is damaged or of an earlier version ({_said(error)}); delete it: the same"
+            " command then measures the run again"
         ) from error
 
 
-def read_results(path: str) -> dict[tuple[str, int], Result]:
-    """The results in a file that `python -m train.compare --json` wrote, by variant and seed.
+def read_results(path: str) -> list[Result]:
+    """The results in a file that `python -m train.compare --json` wrote.
 
     Args:
         path: of the file; "" gives none.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is another kind of file.
+        ValueError: it is another kind of file, damaged, or of an earlier version.
     """
     if not path:
-        return {}
+        return []
     file = pathlib.Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"--results={path}: there is no such file")
     try:
         rows = json_file.read_object(file)["rows"]
         results = [_whole(row) for row in rows if row["table"] == RUNS]
-        return {(result["variant"], result["seed"]): result for result in results}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        names = [(result["variant"], result["seed"]) for result in results]
+        require(len(set(names)) == len(names), "a run is there twice")
+        return results
+    except _DAMAGED as error:
         raise ValueError(
-            f"--results={path} holds no results ({error}); give a file that python -m train.compare"
-            " --json=FILE has written"
+            f"--results={path} holds no results that can be used ({_said(error)}); give a file that"
+            " --json=FILE of python -m train.compare has written, this version's"
         ) from error
 
 
-def _checked(result: Result) -> Result:
-    """A result whose metrics are numbers or None."""
+_DAMAGED = (ValueError, TypeError, KeyError, AttributeError, OverflowError)
+
+
+def _said(error: Exception) -> str:
+    return f"there is no {error}" if isinstance(error, KeyError) else str(error)
+
+
+def _with_numbers(result: Result) -> Result:
+    """A result whose metrics are numbers or None, a loss among them."""
     metrics = {k: None if v is None else float(v) for k, v in result["metrics"].items()}
+    require(metrics["loss"] is not None, "its loss is null")
     return result | {"metrics": metrics}
 
 
 def _whole(result: Result) -> Result:
     """A result that has all that a comparison reads."""
+    result = _with_numbers(result)
+    for name in ("max_vio", "batch_max_vio_floor"):
+        require(result["metrics"][name] is not None, f"its {name} is null")
     steps, values = ([float(value) for value in part] for part in result["batch_max_vio"])
     require(len(steps) == len(values), f"{len(steps)} steps with {len(values)} values")
+    require(type(result["seed"]) is int, f"its seed is {reprlib.repr(result['seed'])}")
+    words = {name: str(result[name]) for name in ("variant", "router", "initial_weights")}
     load = {k: [float(share) for share in shares] for k, shares in result["load"].items()}
-    numbers = {"seed": int(result["seed"]), "load": load, "batch_max_vio": [steps, values]}
-    words = {name: str(result[name]) for name in ("variant", "initial_weights")}
-    return _checked(result) | words | numbers | {"config": filled(result["config"])}
+    rest = {"options": dict(result["options"]), "made_by": dict(result["made_by"])}
+    config = filled(result["config"])
+    return (
+        result | words | rest | {"load": load, "batch_max_vio": [steps, values], "config": config}
+    )
 
 
 def check_unchanged(workdir: pathlib.Path, tree: config_dict.ConfigDict) -> None:
@@ -327,28 +354,33 @@ def check_unchanged(workdir: pathlib.Path, tree: config_dict.ConfigDict) -> None
     file = workdir / CONFIG_FILE
     if not file.is_file():
         return
-    _refuse_changes(f"{workdir} holds a run of", read_config(file), tree)
+    _refuse_changes(
+        f"{workdir} holds a run of",
+        read_config(file),
+        tree,
+        "set these keys back, or use another --workdir",
+    )
 
 
-def check_same(what: str, result: Result, tree: config_dict.ConfigDict) -> None:
-    """Refuses a result of another configuration; where data lie may differ.
-
-    Args:
-        what: begins the error.
-        result: from `read_results`.
-        tree: the experiment that it is to be of.
+def check_same(result: Result, tree: config_dict.ConfigDict) -> None:
+    """Refuses a result, from `read_results`, of another configuration; data may lie elsewhere.
 
     Raises:
         ValueError: names the keys that differ.
     """
-    _refuse_changes(what, result["config"], tree)
+    _refuse_changes(
+        f"--results has {result['variant']}, seed {result['seed']}, of",
+        result["config"],
+        tree,
+        "set these keys back, or leave --results out",
+    )
 
 
-def _refuse_changes(what: str, before: Tree, tree: config_dict.ConfigDict) -> None:
+def _refuse_changes(what: str, before: Tree, tree: config_dict.ConfigDict, remedy: str) -> None:
     changed = changed_keys(before, tree.to_dict())
     changed = [line for line in changed if not line.partition(":")[0].endswith("_dir")]
     require(
         not changed,
         f"{what} another configuration ({'; '.join(changed)}), and a study compares runs of one;"
-        " set these keys back, or use another --workdir",
+        f" {remedy}",
     )

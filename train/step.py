@@ -94,7 +94,7 @@ def make_steps(
             "learning_rate": learning_rate(_updates_made(before)),
             "skipped": jnp.where(good, 0.0, 1.0),
             # To measure a layer that nothing depends on would be the one reason to compute it.
-            "router": _of_step(
+            "router": _without_state_checks(
                 layer_metrics(
                     {place: layer for place, layer in aux.items() if place not in idle},
                     config.accumulate,
@@ -265,7 +265,9 @@ def routers_of(tree: Tree) -> dict[str, Tree]:
     }
 
 
-def _of_step(metrics: dict[str, dict[str, Array]], router: Tree) -> dict[str, dict[str, Array]]:
+def _without_state_checks(
+    metrics: dict[str, dict[str, Array]], router: Tree
+) -> dict[str, dict[str, Array]]:
     """Routing metrics without the check of bases that are running state.
 
     It would take half a percent of a small step: whoever logs a step reads it off the state

@@ -7,10 +7,10 @@ import io
 import logging
 import math
 import pathlib
+import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -23,14 +23,9 @@ from train.guards import Diverged
 from train.loop import train
 from train.outcome import Result
 from train.run import CHECKPOINTS
-from train.variants import Variant, check, variant_tree
+from train.variants import Variant, check, choose, variant_tree
 
 LOGGER = logging.getLogger(__name__)
-
-Known = Mapping[tuple[str, int], Result]
-"""Results by variant and seed."""
-
-NOTHING: Known = MappingProxyType({})
 
 PRINTED = "train.txt"
 """What the training of a run printed."""
@@ -69,17 +64,14 @@ def study_jobs(
     ]
 
 
-def check_jobs(jobs: Sequence[Job], known: Known = NOTHING) -> None:
+def check_jobs(jobs: Sequence[Job]) -> None:
     """Refuses, before any training, what could not be trained or not be compared.
 
     Raises:
-        ValueError: a configuration is impossible, or a folder or a known result is of another one.
+        ValueError: a configuration is impossible, or a folder holds a run of another one.
     """
     for job in jobs:
         outcome.check_unchanged(job.folder, job.tree)
-        if result := known.get(job.key):
-            what = f"--results has {job.variant.name}, seed {job.tree.seed}, of"
-            outcome.check_same(what, result, job.tree)
     # Seeds differ in nothing that could be wrong.
     alike = {_but_seed(job): job for job in jobs}
     for job in alike.values():
@@ -89,11 +81,39 @@ def check_jobs(jobs: Sequence[Job], known: Known = NOTHING) -> None:
             raise ValueError(f"variant {job.variant.name!r}: {error}") from error
 
 
+def check_known(
+    base: config_dict.ConfigDict, jobs: Sequence[Job], known: Sequence[Result]
+) -> dict[tuple[str, int], Result]:
+    """Results that were made elsewhere, by variant and seed; refuses what cannot be compared.
+
+    Args:
+        base: the study's experiment.
+        jobs: the runs that it asks for.
+        known: results, also of variants and seeds that it does not ask for.
+
+    Raises:
+        ValueError: one is of another configuration than the study's.
+    """
+    trees = {job.key: job.tree for job in jobs}
+    found = {(result["variant"], result["seed"]): result for result in known}
+    for (name, seed), result in found.items():
+        (variant,) = choose([name], {name: {"router": result["router"], **result["options"]}})
+        tree = trees.get((name, seed)) or variant_tree(base, variant, seed)
+        outcome.check_same(result, tree)
+    return found
+
+
 def _but_seed(job: Job) -> str:
     return repr((job.variant.name, sorted(job.variant.options.items())))
 
 
-def run_jobs(jobs: Sequence[Job], known: Known = NOTHING, *, measured: bool = True) -> list[Result]:
+def run_jobs(
+    jobs: Sequence[Job],
+    known: Mapping[tuple[str, int], Result] | None = None,
+    *,
+    measured: bool = True,
+    made: Callable[[Sequence[Result]], None] = lambda _: None,
+) -> list[Result]:
     """Trains and measures what is not done yet; all results, in order.
 
     Args:
@@ -101,33 +121,31 @@ def run_jobs(jobs: Sequence[Job], known: Known = NOTHING, *, measured: bool = Tr
         known: results of runs that were made elsewhere, and are not repeated.
         measured: whether diversity is measured and the log gathered. Otherwise a result holds the
             scalars of the last evaluation alone.
+        made: is given what is there so far after every run that was made.
     """
+    found = [_found(job, known or {}, measured) for job in jobs]
+    left = [number for number, result in enumerate(found) if result is None]
     with notice.heeded(jobs[0].tree.checkpoint.grace_s), _compiled_once():
-        return _run_each(jobs, known, measured)
+        took: list[float] = []
+        for done, number in enumerate(left):
+            job, rest = jobs[number], len(left) - done
+            hours = f"; about {rest * statistics.fmean(took) / 3600:.1f} h left" if took else ""
+            LOGGER.info("run %d of %d: %s%s", done + 1, len(left), job.folder, hours)
+            began = time.perf_counter()
+            found[number] = result = _run(job, measured)
+            if cluster.is_first():
+                outcome.write_result(job.folder / outcome.RESULT, result)
+            made([result for result in found if result is not None])
+            took.append(time.perf_counter() - began)
+    return [result for result in found if result is not None]
 
 
-def _run_each(jobs: Sequence[Job], known: Known, measured: bool) -> list[Result]:
-    results: list[Result] = []
-    took: list[float] = []
-    for number, job in enumerate(jobs, start=1):
-        file = job.folder / outcome.RESULT
-        if job.key in known:
-            results.append(known[job.key])
-            continue
-        if _there(file):
-            results.append(outcome.read_result(file))
-            continue
-        left = ""
-        if took:
-            hours = (len(jobs) - number + 1) * sum(took) / len(took) / 3600
-            left = f"; about {hours:.1f} h for what is left"
-        LOGGER.info("run %d of %d: %s%s", number, len(jobs), job.folder, left)
-        began = time.perf_counter()
-        results.append(_run(job, measured))
-        if cluster.is_first():
-            outcome.write_result(file, results[-1])
-        took.append(time.perf_counter() - began)
-    return results
+def _found(job: Job, known: Mapping[tuple[str, int], Result], measured: bool) -> Result | None:
+    """The result of a run, made elsewhere or in its folder; None where there is none yet."""
+    if job.key in known:
+        return known[job.key]
+    file = job.folder / outcome.RESULT
+    return outcome.read_result(file, measured=measured) if _there(file) else None
 
 
 def _run(job: Job, measured: bool) -> Result:

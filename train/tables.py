@@ -62,7 +62,7 @@ def write_json(path: str, rows: Sequence[Row]) -> None:
     """Writes `{"rows": [...], "run": {...}}`: the table's objects and `run_facts()`.
 
     Args:
-        path: the file, overwritten if it exists.
+        path: the file, replaced if it exists.
         rows: objects with plain keys and numbers.
 
     Raises:
@@ -71,7 +71,10 @@ def write_json(path: str, rows: Sequence[Row]) -> None:
     """
     check_json_path(path)
     text = json.dumps({"rows": [dict(row) for row in rows], "run": run_facts()}, indent=2)
-    Path(path).write_text(text + "\n", encoding="utf-8")
+    # Beside it first: what an earlier call has written stays where this one fails.
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 def print_table(title: str, rows: Sequence[Row], console: Console | None = None) -> None:

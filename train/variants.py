@@ -4,8 +4,8 @@ A variant is the name of a router, or a name from a JSON file of options:
 
     {"no_offset": {"router": "whitened", "moe.routing.offset": false}}
 
-With "like" in the place of "router" a variant has besides the options of another variant, or is
-like a router where no variant has that name: so what a variant is without one of its parts is
+With "like" in the place of "router" a variant has the options of another variant besides its own,
+or is like a router where no other variant has that name: so a router without one of its parts is
 compared at the options for which the whole was tuned.
 
 `tuned.json`, which `python -m train.compare --tune` writes, is such a file; under `tried` it also
@@ -155,16 +155,14 @@ def _given(
     if "like" not in given:
         return given
     like = given.pop("like")
+    require("router" not in given, f"variant {name!r} has both 'router' and 'like'; leave one out")
     require(
-        "router" not in given,
-        f"variant {name!r} has both 'router' and 'like'; leave one out",
-    )
-    require(
-        isinstance(like, str) and like not in (*below, name),
+        isinstance(like, str) and like not in below,
         f"variant {name!r} is like {reprlib.repr(like)}, which is no name or leads back to it",
     )
-    whole = _given(like, options, (*below, name)) if like in options else {"router": like}
-    return whole | given
+    if like == name or like not in options:
+        return {"router": like} | given
+    return _given(like, options, (*below, name)) | given
 
 
 def _plain(value: Any) -> Any:

@@ -42,7 +42,9 @@ short=(--config.steps=300 --config.optim.warmup=30 --config.settle=100
   --config.checkpoint.every=300)
 text=(--config.model.width=96 --config.data.sequence_length=256 --config.batch=8)
 routers=whitened,softmax_offset,loss_free,switch,softmax,eigen
-# Each is a router without one of its parts, at the option for which the whole was tuned.
+# All but the first are whitened without one of its parts, at the option for which it was tuned. At
+# width 96 its own basis spans the whole space, and so does not move: what a basis of fewer
+# directions does, tracked or fixed, is for the controls to say.
 controls=loss_free_softmax,no_offset,no_whitening,fixed_rank_E,rank_E,rank_2E
 e32=(--config.moe.experts=32 --config.moe.top_k=2 --config.moe.hidden=96)
 e8=(--config.moe.experts=8 --config.moe.top_k=1 --config.moe.hidden=192)
@@ -64,11 +66,12 @@ for cell in "${cells[@]}"; do
       ;;
   esac
   flags+=("${short[@]}")
-  runs=$folder/runs/$cell tuned=$folder/${task}_tuned.json results=$folder/$cell.json
+  tuned=$folder/${task}_tuned.json results=$folder/$cell.json
   if ! [ -f "$tuned" ]; then
     # With the many experts, for either shape.
-    python -m train.compare --tune --workdir="$folder/runs/$task" --routers="$names" \
-      --config.eval_every=300 "${flags[@]}" "${e32[@]}"
+    python -m train.compare "${flags[@]}" "${e32[@]}" --config.eval_every=300 --tune \
+      --workdir="$folder/runs/$task" --routers="$names,loss_free_softmax" \
+      --options=docs/studies/controls.json
     cp "$folder/runs/$task/tuned.json" "$tuned"
   fi
   case $cell in
@@ -80,7 +83,8 @@ for cell in "${cells[@]}"; do
   esac
   known=()
   if [ -f "$results" ]; then known=("--results=$results"); fi
-  python -m train.compare --workdir="$runs" --routers="$names" --seeds="${SEEDS:-5}" \
-    --options="$tuned,docs/studies/controls.json" --json="$results" --baseline=whitened \
-    --config.eval_every=$evaluated "${known[@]}" "${flags[@]}" > "$folder/$cell.txt"
+  python -m train.compare "${flags[@]}" --config.eval_every=$evaluated "${known[@]}" \
+    --workdir="$folder/runs/$cell" --routers="$names" --seeds="${SEEDS:-5}" --baseline=whitened \
+    --options="docs/studies/controls.json,$tuned" --json="$results" > "$folder/$cell.txt.new"
+  mv "$folder/$cell.txt.new" "$folder/$cell.txt"
 done

@@ -1,34 +1,30 @@
-"""Tables and bars of docs/routing.md: python docs/studies/summary.py FOLDER/CELL.json...
+"""Tables and bars of docs/routing.md: python -m docs.studies.summary FOLDER/CELL.json...
 
 Prints, for each file that `docs/studies/study.sh` wrote, a table of all variants and what becomes
-of each bar that `whitened` is measured by. Differences are to `whitened`, seed by seed.
+of each bar that `whitened` is measured by. Differences are to `whitened`, seed by seed, with
+Student's 95 % intervals. A bar is met by the mean over seeds unless it names an interval.
 """
 
 from __future__ import annotations
 
-import json
 import pathlib
 import sys
 from typing import Any
 
+from train.comparison import compare
+from train.outcome import read_results
+
 Row = dict[str, Any]
 Table = dict[tuple[str, str], Row]
 
-OURS = "whitened"
+OURS, CONTROL = "whitened", "softmax_offset"
 RIVALS = ("switch", "loss_free", "expert_choice")
-"""Whose losses and experts ours are compared with; the last is in studies of images alone."""
+"""Whose losses and experts the bars compare ours with; the last is in studies of images alone."""
 
 
-def read(file: pathlib.Path) -> Table:
-    """The summary rows of a study, by variant and metric.
-
-    Raises:
-        ValueError: differences are not to `whitened`.
-    """
-    rows = [row for row in json.loads(file.read_text())["rows"] if row["table"] != "runs"]
-    if any(row["baseline"] != OURS for row in rows):
-        raise ValueError(f"{file} has differences to another baseline; make it with {OURS}")
-    return {(row["variant"], row["metric"]): row for row in rows}
+def read(path: str) -> Table:
+    """The summary of a study's runs, by variant and metric."""
+    return {(row["variant"], row["metric"]): row for row in compare(read_results(path), OURS)}
 
 
 def lines(table: Table) -> list[str]:
@@ -43,7 +39,7 @@ def lines(table: Table) -> list[str]:
         "router",
         "seeds",
         "held-out loss",
-        "less that of `whitened` [95 % t]",
+        "less that of `whitened`",
         "MaxVio (worst layer)",
         "of batches",
         "dead, held out (in a batch)",
@@ -77,8 +73,21 @@ def lines(table: Table) -> list[str]:
     return [*out, "", f"Floors of MaxVio: {floors}. Untrained, similarity and swap cost: {before}."]
 
 
+def difference(table: Table, name: str, metric: str, scale: float = 1.0) -> list[float]:
+    """Ours less that of another: mean, and the ends of the interval."""
+    row = table[name, metric]
+    ends = row["difference"], row["difference_t_high"], row["difference_t_low"]
+    return [-scale * end for end in ends]
+
+
+def in_percent(table: Table, name: str) -> str:
+    """Our loss less that of another, in percent of the latter."""
+    mean, low, high = difference(table, name, "loss", 100 / table[name, "loss"]["mean"])
+    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}] %"
+
+
 def bars(table: Table) -> list[str]:
-    """What becomes of the bars, a line each."""
+    """What becomes of the bars, a line each; the control has a line of its own."""
 
     def value(name: str, metric: str) -> float:
         return float(table[name, metric]["mean"])
@@ -88,23 +97,22 @@ def bars(table: Table) -> list[str]:
 
     rivals = [name for name in RIVALS if (name, "loss") in table]
     best = min(rivals, key=lambda name: value(name, "loss"))
-    row = table[best, "loss"]
-    # The row is of rival less ours.
-    ends = [-100 * row[key] / row["mean"] for key in ("difference_t_high", "difference_t_low")]
+    share = difference(table, best, "loss", 100 / value(best, "loss"))
     vio, worst = value(OURS, "max_vio"), value(OURS, "max_vio_worst")
-    batch = table["loss_free", "batch_max_vio"]
-    low, high = -batch["difference_t_high"], -batch["difference_t_low"]
+    mean, low, high = difference(table, "loss_free", "batch_max_vio")
     drops = [100 * value(OURS, name) for name in ("batch_drop_at_capacity", "drop_at_capacity")]
     alike = [name for name in rivals if value(name, "similarity") <= value(OURS, "similarity")]
     swap = [name for name in rivals if value(name, "swap_cost") >= value(OURS, "swap_cost")]
+    control = [f"{in_percent(table, CONTROL)}"] if (CONTROL, "loss") in table else []
     return [
         f"- MaxVio held out {vio:.3f} (0.05), worst layer {worst:.3f} (0.15): "
         f"{met(vio <= 0.05 and worst <= 0.15)}",
         f"- dead experts at an evaluation: {met(value(OURS, 'dead') == 0)}",
-        f"- MaxVio of batches less that of loss_free {-batch['difference']:+.3f} "
-        f"[{low:+.3f}, {high:+.3f}] (0): {met(batch['difference'] >= 0)}",
-        f"- loss less that of {best}, the best rival: [{ends[0]:+.2f}, {ends[1]:+.2f}] % of it "
-        f"(1): {met(ends[1] <= 1)}",
+        f"- MaxVio of batches less that of loss_free {mean:+.3f} [{low:+.3f}, {high:+.3f}] (0): "
+        f"{met(mean <= 0)}",
+        f"- loss less that of {best}, the best rival: {in_percent(table, best)} (upper end 1): "
+        f"{met(share[2] <= 1)}",
+        *(f"- loss less that of {CONTROL}, the control: {line}" for line in control),
         f"- similarity of outputs below each rival's: {met(not alike)} {', '.join(alike)}".rstrip(),
         f"- swap cost above each rival's: {met(not swap)} {', '.join(swap)}".rstrip(),
         f"- beyond capacity 1.25: {drops[0]:.2f} % in batches, {drops[1]:.2f} % held out (0.1): "
@@ -113,6 +121,8 @@ def bars(table: Table) -> list[str]:
 
 
 if __name__ == "__main__":
-    for path in map(pathlib.Path, sys.argv[1:]):
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    for path in sys.argv[1:]:
         study = read(path)
-        print(f"### {path.stem}", "", *lines(study), "", *bars(study), "", sep="\n")
+        print(f"### {pathlib.Path(path).stem}", "", *lines(study), "", *bars(study), "", sep="\n")

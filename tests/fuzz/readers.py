@@ -392,10 +392,16 @@ def _results() -> Sequence[Input]:
     return [{"result.json": _json({"variant": "a", "metrics": {"loss": 1.5, "dead": None}})}]
 
 
+def _read_result(folder: pathlib.Path) -> None:
+    outcome.read_result(folder / "result.json", measured=False)
+
+
 def _studies() -> Sequence[Input]:
-    row = {"variant": "a", "seed": 3, "config": {"task": "lm"}, "initial_weights": "b0"}
+    row = {"table": "runs", "variant": "a", "seed": 3, "router": "eigen", "options": {}}
+    row |= {"config": {"task": "lm"}, "initial_weights": "b0", "made_by": {"device": "cpu"}}
+    metrics = {"loss": 1.5, "dead": None, "max_vio": 1.0, "batch_max_vio_floor": 0.1}
     numbers = {"load": {"layer_00": [0.5, 0.5]}, "batch_max_vio": [[1, 2], [0.5, 0.25]]}
-    rows = [{"table": "runs", "metrics": {"loss": 1.5, "dead": None}} | row | numbers]
+    rows = [row | numbers | {"metrics": metrics}]
     return [{"study.json": _json({"rows": rows, "run": {"command": "x"}})}]
 
 
@@ -497,7 +503,10 @@ READERS = {
         10, _logs, {"": mutate.damage_lines}, report.read_logs, (ValueError, FileNotFoundError)
     ),
     "result": Reader(
-        10, _results, JSON, lambda folder: outcome.read_result(folder / "result.json")
+        10,
+        _results,
+        JSON,
+        lambda folder: outcome.read_result(folder / "result.json", measured=False),
     ),
     "study": Reader(10, _studies, JSON, _read_study),
 }

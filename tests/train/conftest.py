@@ -63,12 +63,15 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         metrics = {"loss": scalars["eval/loss"], "max_vio": 0.1, "batch_max_vio_floor": 0.05}
         return {
             "variant": variant.name,
+            "router": variant.router,
+            "options": dict(variant.options),
             "seed": tree.seed,
+            "made_by": {"device": "1 x cpu", "commit": None},
             "config": json.loads(to_json(tree)),
             "initial_weights": f"of seed {tree.seed}",
             "metrics": metrics | {"seconds": seconds},
             "load": {"layer_00": [0.25, 0.75]},
-            "batch_max_vio": outcome.curve(outcome.violations(read_metrics(workdir))),
+            "batch_max_vio": outcome.curve(outcome.violations(read_metrics(workdir)), 2),
         }
 
     monkeypatch.setattr(study, "train", train)

@@ -1,8 +1,10 @@
 """The programs as a user starts them: bad input ends with code 2 and words, not with a trace."""
 
+import logging
 import pathlib
 import subprocess
 import sys
+import types
 from typing import NamedTuple
 
 import pytest
@@ -156,3 +158,22 @@ def test_overrides_are_python_values_or_text():
         assert cli.overrides([f"prompt={text}"]) == {"prompt": text}
     with pytest.raises(ValueError, match="--override=steps is not of the form KEY=VALUE"):
         cli.overrides(["steps"])
+
+
+@pytest.mark.parametrize("trace", [False, True])
+def test_stacks_of_orbax_are_shown_where_traces_are_asked_for(trace, monkeypatch):
+    monkeypatch.setattr(
+        cli, "flags", types.SimpleNamespace(FLAGS=types.SimpleNamespace(trace=trace))
+    )
+
+    def logged(folder, message):
+        try:
+            raise OSError("no space")
+        except OSError:
+            where = f"/site-packages/{folder}/writer.py", 3
+            record = logging.LogRecord("absl", logging.ERROR, *where, message, (), sys.exc_info())
+        return cli._is_news(record), record.exc_info is not None
+
+    assert logged("orbax/checkpoint", "it failed") == (True, trace)
+    assert logged("grain", "it failed") == (True, True)
+    assert logged("orbax/checkpoint", "Given directory is read only=x")[0] is False

@@ -54,21 +54,23 @@ def test_the_baseline_is_one_of_the_variants():
 
 
 def test_what_is_not_causal_is_said_of_text_alone():
-    variants = [EIGEN, Variant("expert_choice", "expert_choice")]
-    assert compare.notes(variants, "lm") == {"expert_choice": "not causal"}
-    assert compare.notes(variants, "vit") == {}
+    results = [{"variant": name, "router": name} for name in ("eigen", "expert_choice")]
+    assert compare.notes(results, "lm") == {"expert_choice": "not causal"}
+    assert compare.notes(results, "vit") == {}
 
 
 def test_runs_that_began_differently_are_told(caplog):
+    here, there = ({"made_by": {"device": name}} for name in ("1 x cpu", "1 x gpu"))
     results = [
-        {"variant": "a", "seed": 3, "initial_weights": "x"},
-        {"variant": "b", "seed": 3, "initial_weights": "x"},
-        {"variant": "a", "seed": 4, "initial_weights": "y"},
+        {"variant": "a", "seed": 3, "initial_weights": "x"} | here,
+        {"variant": "b", "seed": 3, "initial_weights": "x"} | here,
+        {"variant": "a", "seed": 4, "initial_weights": "y"} | here,
     ]
     check_same_start(results)
     assert not caplog.records
-    check_same_start([*results, {"variant": "b", "seed": 4, "initial_weights": "z"}])
+    check_same_start([*results, {"variant": "b", "seed": 4, "initial_weights": "z"} | there])
     assert "seed 4: the variants began with different weights" in caplog.text
+    assert "runs differ in device, and their cost is not to be compared" in caplog.text
 
 
 class Flags:
@@ -114,18 +116,39 @@ def test_the_program_prints_tables_and_writes_numbers_and_figures(
         assert (tmp_path / f"figures/{name}.png").stat().st_size > 5000
 
 
-def test_runs_in_a_table_are_not_repeated_and_stay_in_it(tmp_path, trained, program):
+def test_a_study_grows_by_the_table_of_its_runs(tmp_path, trained, program, capsys):
     table = tmp_path / "study.json"
     program(Flags(tmp_path / "first", json=str(table)))
+    capsys.readouterr()
     flags = {"routers": ["eigen", "softmax"], "results": str(table), "json": str(table)}
     program(Flags(tmp_path / "second", **flags))
     assert trained[4:] == [("softmax", 0), ("softmax", 1)]
     rows = json.loads(table.read_text())["rows"]
     runs = [(row["variant"], row["seed"]) for row in rows if row["table"] == "runs"]
-    assert runs == [
-        (name, n) for names in (("switch", "eigen"), ("softmax",)) for n in (0, 1) for name in names
-    ]
-    assert {row["variant"] for row in rows if row["table"] != "runs"} == {"eigen", "softmax"}
+    assert sorted(runs) == [(name, n) for name in ("eigen", "softmax", "switch") for n in (0, 1)]
+    # What is known and not asked for is compared too.
+    summary = {row["variant"] for row in rows if row["table"] != "runs"}
+    assert summary == {"eigen", "softmax", "switch"}
+    assert "switch" in capsys.readouterr().out
+
+
+def test_every_run_that_is_made_is_in_the_table_at_once(tmp_path, trained, program, monkeypatch):
+    table = tmp_path / "study.json"
+    train = study.train
+
+    def stopped(tree, workdir):
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        return train(tree, workdir)
+
+    monkeypatch.setattr(study, "train", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        program(Flags(tmp_path / "first", json=str(table)))
+    assert len(outcome.read_results(str(table))) == 3
+    monkeypatch.setattr(study, "train", train)
+    program(Flags(tmp_path / "second", results=str(table), json=str(table)))
+    assert trained[3:] == [("eigen", 1)]
+    assert len(outcome.read_results(str(table))) == 4
 
 
 def test_the_program_tunes(tmp_path, trained, program, capsys):
@@ -156,8 +179,14 @@ def test_bad_input_is_refused_before_any_training(changes, said, tmp_path, train
 
 def test_two_routers_are_trained_and_measured(tmp_path, finished, one_device, program, capsys):
     base = lm_tree(finished.source, steps=4, eval_every=2, model={"depth": 1}, log_every=2)
-    program(Flags(tmp_path, config=base, routers=["switch", "loss_free"]))
-    assert "similarity of outputs" in capsys.readouterr().out
+    flags = {"config": base, "routers": ["switch", "loss_free"], "json": str(tmp_path / "all.json")}
+    program(Flags(tmp_path, **flags))
+    assert "similarity of outputs" in (told := capsys.readouterr().out)
+    # The table has all that the same study needs.
+    again = Flags(tmp_path / "again", **flags, results=flags["json"])
+    program(again)
+    assert capsys.readouterr().out.replace("again/", "") == told
+    assert [path.name for path in (tmp_path / "again").iterdir()] == ["figures"]
     results = {
         (name, seed): outcome.read_result(tmp_path / name / f"seed_{seed}" / "result.json")
         for name in ("switch", "loss_free")

@@ -77,49 +77,82 @@ def test_a_result_reads_back_whatever_its_numbers(tmp_path):
     result = {"variant": "a", "metrics": {"loss": math.nan, "dead": None, "max_vio": 0.125}}
     outcome.write_result(file, result)
     json.loads(file.read_text(), parse_constant=pytest.fail)  # strict JSON
-    metrics = outcome.read_result(file)["metrics"]
+    metrics = outcome.read_result(file, measured=False)["metrics"]
     assert math.isnan(metrics["loss"])
     assert (metrics["dead"], metrics["max_vio"]) == (None, 0.125)
     assert outcome.strict([math.inf, (-math.inf,)]) == ["Infinity", ["-Infinity"]]
-    for damaged in ("{", "[]", '{"metrics": 3}'):
+    for damaged in ("{", "[]", '{"metrics": 3}', '{"metrics": {}}'):
         file.write_text(damaged)
-        with pytest.raises(ValueError, match=r"result\.json is damaged .* delete it"):
-            outcome.read_result(file)
+        with pytest.raises(ValueError, match=r"result\.json is damaged or of .* delete it"):
+            outcome.read_result(file, measured=False)
 
 
-def test_a_curve_has_few_points_each_the_mean_of_neighbours():
+def test_a_curve_has_few_points_each_the_mean_over_a_part_of_the_steps():
     values = {1: 1.0, 2: 3.0, 4: 5.0, 5: 7.0, 7: 9.0}
-    assert outcome.curve(values, 9) == [[1, 2, 4, 5, 7], [1, 3, 5, 7, 9]]
-    assert outcome.curve(values, 2) == [[7 / 3, 6], [3, 8]]
-    assert outcome.curve({}) == [[], []]
+    assert outcome.curve(values, 7, 9) == [[1, 2, 4, 5, 7], [1, 3, 5, 7, 9]]
+    # Steps 1 to 4 and 5 to 8.
+    assert outcome.curve(values, 8, 2) == [[2.5, 6.5], [3, 8]]
+    # A step that was not logged moves no point.
+    assert outcome.curve({2: 3.0, 7: 9.0}, 8, 2) == [[2.5, 6.5], [3, 9]]
+    assert outcome.curve({7: 9.0}, 8, 2) == [[6.5], [9]]
+    assert outcome.curve({}, 8) == [[], []]
+
+
+ROW = {
+    "table": "runs",
+    "variant": "a",
+    "router": "eigen",
+    "options": {},
+    "seed": 3,
+    "config": {"task": "lm", "steps": 7},
+    "initial_weights": "b0",
+    "metrics": {"loss": "NaN", "dead": None, "max_vio": 1, "batch_max_vio_floor": 0.1},
+    "load": {"layer_00": [0.5, 0.5]},
+    "batch_max_vio": [[1, 2], [0.5, 0.25]],
+    "made_by": {"device": "cpu"},
+}
 
 
 def test_results_read_back_from_the_tables_of_a_study(tmp_path):
-    row = {
-        "table": "runs",
-        "variant": "a",
-        "seed": 3,
-        "config": {"task": "lm", "steps": 7},
-        "initial_weights": "b0",
-        "metrics": {"loss": "NaN", "dead": None},
-        "load": {"layer_00": [0.5, 0.5]},
-        "batch_max_vio": [[1, 2], [0.5, 0.25]],
-    }
     file = tmp_path / "study.json"
-    file.write_text(json.dumps({"rows": [{"table": "Cost", "variant": "a"}, row]}))
-    ((key, result),) = outcome.read_results(str(file)).items()
-    assert key == ("a", 3)
+    file.write_text(json.dumps({"rows": [{"table": "Cost", "variant": "a"}, ROW]}))
+    (result,) = outcome.read_results(str(file))
+    assert (result["variant"], result["seed"]) == ("a", 3)
     assert math.isnan(result["metrics"]["loss"])
     assert result["batch_max_vio"] == [[1, 2], [0.5, 0.25]]
     # Keys that are younger than the file have their defaults.
     assert (result["config"]["steps"], result["config"]["batch"]) == (7, experiment("lm").batch)
-    assert outcome.read_results("") == {}
+    assert outcome.read_results("") == []
     with pytest.raises(FileNotFoundError, match="--results=absent: there is no such file"):
         outcome.read_results("absent")
-    for damage in ({"seed": "x"}, {"load": 3}, {"batch_max_vio": [[1], []]}, {"config": {}}):
-        file.write_text(json.dumps({"rows": [row | damage]}))
-        with pytest.raises(ValueError, match=r"study\.json holds no results .* --json=FILE"):
-            outcome.read_results(str(file))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ({"seed": "3"}, "its seed is '3'"),
+        ({"seed": True}, "its seed is True"),
+        ({"load": 3}, "'int' object has no attribute 'items'"),
+        ({"batch_max_vio": [[1], []]}, "1 steps with 0 values"),
+        ({"metrics": {"loss": 1, "max_vio": 1}}, "there is no 'batch_max_vio_floor'"),
+        ({"metrics": {"loss": None}}, "its loss is null"),
+        ({"metrics": {"loss": 10**400}}, "int too large to convert to float"),
+        ({"config": {}}, "task="),
+    ],
+)
+def test_damaged_tables_of_a_study_are_refused(damage, said, tmp_path):
+    file = tmp_path / "study.json"
+    file.write_text(json.dumps({"rows": [ROW | damage]}))
+    with pytest.raises(ValueError, match=r"study\.json holds no results that can be used") as error:
+        outcome.read_results(str(file))
+    assert said in str(error.value)
+
+
+def test_a_run_is_no_two_in_the_tables_of_a_study(tmp_path):
+    file = tmp_path / "study.json"
+    file.write_text(json.dumps({"rows": [ROW, ROW]}))
+    with pytest.raises(ValueError, match="a run is there twice"):
+        outcome.read_results(str(file))
 
 
 def test_a_run_of_another_configuration_is_refused(tmp_path):

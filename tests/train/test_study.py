@@ -1,10 +1,12 @@
 """The runs of a study: what is trained when, what is skipped, what is refused."""
 
+import json
+
 import pytest
 
 from tests.train.tiny import lm_tree
 from train import outcome, study
-from train.study import check_jobs, run_jobs, study_jobs
+from train.study import check_jobs, check_known, run_jobs, study_jobs
 from train.variants import Variant
 
 EIGEN, SWITCH = Variant("eigen", "eigen"), Variant("switch", "switch")
@@ -59,20 +61,36 @@ def test_an_impossible_variant_is_named(tmp_path):
 
 def test_what_was_made_elsewhere_is_not_repeated(tmp_path, trained):
     jobs = study_jobs(lm_tree(), tmp_path / "here", [EIGEN, SWITCH], range(2))
-    known = {(r["variant"], r["seed"]): r for r in run_jobs(jobs[:3])}
-    moved = study_jobs(
-        lm_tree(data={"cache_dir": "x"}), tmp_path / "there", [EIGEN, SWITCH], range(2)
-    )
-    check_jobs(moved, known)
-    results = run_jobs(moved, known)
+    made = run_jobs(jobs[:3])
+    base = lm_tree(data={"cache_dir": "elsewhere"})
+    moved = study_jobs(base, tmp_path / "there", [SWITCH], range(2))
+    known = check_known(base, moved, made)
+    assert list(known) == [("eigen", 0), ("switch", 0), ("eigen", 1)]
+    told = []
+    results = run_jobs(moved, known, made=lambda so_far: told.append(len(so_far)))
     assert trained == [("eigen", 0), ("switch", 0), ("eigen", 1), ("switch", 1)]
-    assert results[:3] == list(known.values())
-    assert [path.name for path in (tmp_path / "there").iterdir()] == ["switch"]
+    assert results[0] == made[1]
+    assert [path.name for path in (tmp_path / "there/switch").iterdir()] == ["seed_1"]
+    assert told == [2]
 
 
-def test_what_was_made_elsewhere_and_differs_is_refused(tmp_path, trained):
-    known = {("eigen", 0): run_jobs(study_jobs(lm_tree(), tmp_path, [EIGEN], [0]))[0]}
-    jobs = study_jobs(lm_tree(steps=30), tmp_path / "there", [EIGEN], range(2))
-    said = r"--results has eigen, seed 0, of another configuration \(steps: 24 -> 30\)"
+@pytest.mark.parametrize("asked", [[EIGEN], [SWITCH]])
+def test_what_was_made_elsewhere_and_differs_is_refused(tmp_path, trained, asked):
+    made = run_jobs(study_jobs(lm_tree(), tmp_path, [EIGEN], [0]))
+    base = lm_tree(steps=30)
+    jobs = study_jobs(base, tmp_path / "there", asked, range(2))
+    said = r"--results has eigen, seed 0, of another configuration \(steps: 24 -> 30\).* leave --r"
     with pytest.raises(ValueError, match=said):
-        check_jobs(jobs, known)
+        check_known(base, jobs, made)
+
+
+def test_a_result_of_an_earlier_version_is_refused_before_any_training(tmp_path, trained):
+    jobs = study_jobs(lm_tree(), tmp_path, [EIGEN], range(2))
+    run_jobs(jobs[:1])
+    file = tmp_path / "eigen/seed_0/result.json"
+    result = json.loads(file.read_text())
+    del result["batch_max_vio"]
+    file.write_text(json.dumps(result))
+    with pytest.raises(ValueError, match=r"version \(there is no 'batch_max_vio'\); delete it"):
+        run_jobs(jobs)
+    assert len(trained) == 1

@@ -63,13 +63,15 @@ def test_options_that_are_none_are_refused(text, said, tmp_path):
 
 def test_a_variant_that_is_like_another_has_its_options(tmp_path):
     parts = {
+        "whitened": {"like": "whitened", "moe.basis.rank": 2},
         "bare": {"like": "whitened", "moe.routing.offset": False},
         "barer": {"like": "bare", "moe.routing.whitening": 0.0},
     }
     tuned = {"whitened": {"router": "whitened", "moe.routing.temperature": 0.3, "tried": []}}
     plain = options_file(tmp_path, parts)
     (bare,) = choose(["bare"], read_options([plain]))
-    assert bare == Variant("bare", "whitened", {"moe.routing.offset": False})
+    assert bare.router == "whitened"
+    assert bare.options == {"moe.basis.rank": 2, "moe.routing.offset": False}
     (tmp_path / "tuned.json").write_text(json.dumps(tuned))
     both = read_options([plain, str(tmp_path / "tuned.json")])
     (barer,) = choose(["barer"], both)

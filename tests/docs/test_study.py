@@ -1,0 +1,143 @@
+"""The study of docs/routing.md: the commands that it gives, and what is made of its files."""
+
+import json
+import os
+import pathlib
+import shlex
+import stat
+import subprocess
+import sys
+
+import pytest
+
+from docs.studies.summary import bars, lines, read
+from tests.train.test_outcome import ROW
+from tests.train.tiny import lm_tree
+from train.config import to_json
+from train.variants import choose, read_options, variant_tree
+
+ROOT = pathlib.Path(__file__).parents[2]
+STUDY = ROOT / "docs/studies"
+
+STAND_IN = """#!/usr/bin/env bash
+printf '%q ' "$@" >> "$TOLD"
+echo >> "$TOLD"
+for word in "$@"; do
+  case $word in
+    --workdir=*) folder=${word#--workdir=} ;;
+    --json=*) echo '{}' > "${word#--json=}" ;;
+  esac
+done
+mkdir -p "$folder" && echo '{}' > "$folder/tuned.json"
+"""
+
+
+def commands(folder: pathlib.Path, *cells: str, **environment: str) -> list[list[str]]:
+    """What the script would run, in order."""
+    python = folder / "bin/python"
+    python.parent.mkdir(exist_ok=True)
+    python.write_text(STAND_IN)
+    python.chmod(python.stat().st_mode | stat.S_IXUSR)
+    told = folder / "told"
+    told.write_text("")
+    given = {"PATH": f"{python.parent}:{os.environ['PATH']}", "TOLD": str(told)} | environment
+    subprocess.run([STUDY / "study.sh", folder, *cells], env=os.environ | given, check=True)
+    return [shlex.split(line) for line in told.read_text().splitlines()]
+
+
+def flag(words: list[str], name: str) -> str:
+    (value,) = [word.partition("=")[2] for word in words if word.startswith(f"--{name}=")]
+    return value
+
+
+def test_every_cell_is_tuned_once_a_task_and_compared(tmp_path):
+    told = commands(tmp_path)
+    assert all(words[:2] == ["-m", "train.compare"] for words in told)
+    tuned = [flag(words, "workdir") for words in told if "--tune" in words]
+    assert tuned == [f"{tmp_path}/runs/{t}" for t in ("fashion", "sotu", "bytes", "shakespeare")]
+    compared = [words for words in told if "--tune" not in words]
+    assert len(compared) == 8
+    known = read_options([str(STUDY / "controls.json")])
+    for words in told:
+        # absl reads the configuration before it can change a key of it.
+        config = next(i for i, word in enumerate(words) if word.startswith("--config="))
+        keys = [i for i, word in enumerate(words) if word.startswith("--config.")]
+        assert keys[0] > config
+        choose(flag(words, "routers").split(","), known)
+
+
+def test_a_study_goes_on_from_its_files(tmp_path):
+    first = commands(tmp_path, "fashion_e32", STAGE="routers", SEEDS="2")
+    assert len(first) == 2
+    (second,) = commands(tmp_path, "fashion_e32")
+    assert (flag(first[1], "seeds"), flag(second, "seeds")) == ("2", "5")
+    assert flag(second, "results") == f"{tmp_path}/fashion_e32.json"
+    assert set(flag(first[1], "routers").split(",")) < set(flag(second, "routers").split(","))
+    (eight,) = commands(tmp_path, "fashion_e8")
+    assert f"{tmp_path}/fashion_tuned.json" in flag(eight, "options")
+
+
+@pytest.mark.parametrize("cell", ["fashion", "digits_e8", "sotu_e16"])
+def test_a_cell_that_is_none_is_refused(tmp_path, cell):
+    with pytest.raises(subprocess.CalledProcessError):
+        commands(tmp_path, "fashion_e8", cell)
+    assert not (tmp_path / "told").read_text()
+
+
+def test_a_command_of_it_is_one_that_the_program_takes(tmp_path):
+    words = commands(tmp_path, "fashion_e32", SEEDS="1")[1]
+    # With one seed the program stops once it has read all flags.
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    assert "error: --seeds=1 leaves no interval" in done.stderr
+
+
+def results(folder: pathlib.Path, losses: dict[str, list[float]], **metrics: float) -> str:
+    """A file of results: `losses` by variant and seed, the other metrics the same for all."""
+    rest = dict.fromkeys(("max_vio", "max_vio_worst", "batch_max_vio", "dead"), 0.0)
+    rest |= dict.fromkeys(("similarity", "swap_cost", "batch_max_vio_floor"), 0.0)
+    rest |= dict.fromkeys(("drop_at_capacity", "batch_drop_at_capacity"), 0.0) | metrics
+    rows = []
+    for name, values in losses.items():
+        (variant,) = choose([name], {})
+        for seed, loss in enumerate(values):
+            tree = json.loads(to_json(variant_tree(lm_tree(), variant, seed)))
+            row = {"variant": name, "router": name, "seed": seed, "config": tree}
+            ours = {"swap_cost": 1.0, "similarity": -1.0} if name == "whitened" else {}
+            rows.append(ROW | row | {"metrics": rest | ours | {"loss": loss}})
+    file = folder / "cell.json"
+    file.write_text(json.dumps({"rows": rows, "run": {}}))
+    return str(file)
+
+
+def test_the_bars_are_those_of_the_page(tmp_path):
+    losses = {
+        "whitened": [1.0, 1.1],
+        "switch": [1.3, 1.4],
+        "loss_free": [1.1, 1.2],
+        "softmax_offset": [0.9, 1.2],
+    }
+    table = read(results(tmp_path, losses))
+    told = bars(table)
+    assert all("MISSED" not in line for line in told)
+    # -0.1 in both seeds, of 1.15; the control's -0.1 and 0.1 make no difference.
+    assert "- loss less that of loss_free, the best rival: -8.70 [-8.70, -8.70] %" in told[3]
+    assert "softmax_offset, the control: +0.00 [-121.01, +121.01] %" in told[4]
+    row = next(line for line in lines(table) if line.startswith("| `switch`"))
+    assert row.startswith("| `switch` | 2 | 1.3500 | +0.3000 [+0.3000, +0.3000] |")
+
+
+@pytest.mark.parametrize(
+    ("metrics", "line"),
+    [({"max_vio": 0.051}, 0), ({"max_vio_worst": 0.16}, 0), ({"dead": 1.0}, 1)]
+    + [({"drop_at_capacity": 0.002}, 7), ({"batch_drop_at_capacity": 0.002}, 7)],
+)
+def test_a_bar_that_is_missed_says_so(tmp_path, metrics, line):
+    told = bars(read(results(tmp_path, {"whitened": [1, 2], "loss_free": [1, 2]}, **metrics)))
+    missed = [number for number, text in enumerate(told) if "MISSED" in text]
+    # Without the control's line there is one less.
+    assert missed == [line - (line > 4)]
+
+
+def test_a_loss_that_might_be_worse_misses_its_bar(tmp_path):
+    losses = {"whitened": [1.0, 1.3], "loss_free": [1.1, 1.2]}
+    assert "MISSED" in bars(read(results(tmp_path, losses)))[3]
