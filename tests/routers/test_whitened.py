@@ -115,11 +115,16 @@ def test_what_is_not_elliptical_the_offset_takes_up():
     assert float(max_violation(load)) < 0.02
 
 
-@given(seed=st.integers(0, 1000), scale=st.floats(0.05, 20.0), shift=st.floats(-10.0, 10.0))
+@given(
+    seed=st.integers(0, 1000),
+    scale=st.floats(0.05, 20.0),
+    shift=st.floats(-10.0, 10.0),
+    rank=st.sampled_from([D, D - 1]),  # with D directions the basis stays as it is
+)
 @settings(max_examples=8)
-def test_shift_and_scale_of_all_tokens_change_no_route(seed, scale, shift):
+def test_shift_and_scale_of_all_tokens_change_no_route(seed, scale, shift, rank):
     # Without the offset, which forgets its first update, that knows no mean, only by and by.
-    some = config(offset=False)
+    some = config(offset=False, rank=rank)
     tokens = draw((500, D), seed)
     moved = jnp.float32(scale) * tokens + jnp.float32(shift)
     routes = [settle(some, x, directions(some))[1] for x in (tokens, moved)]
