@@ -99,7 +99,8 @@ class Side:
         for name, value in stored.each_array(self.folder, self.record, names):
             if isinstance(value, stored.Damage):
                 raise CheckpointError(
-                    f"{name} in {self.folder} is damaged: {value.reason}; compare another step"
+                    f"{name} in {self.folder} is damaged: {value.reason}; compare other"
+                    " steps: diff DIR STEP STEP, or --step"
                 )
             yield np.asarray(value, np.float64)
 

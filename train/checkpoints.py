@@ -5,7 +5,8 @@
                          digest that was taken when it was saved; ends with code 1 if one is damaged
     diff DIR STEP STEP   how two steps of a run differ
     diff DIR DIR         how two runs differ, at --step of each
-    export DIR           writes the parameters of --step to --to=FILE.safetensors
+    export DIR           writes the parameters of --step to --to=FILE.safetensors, and config.json,
+                         what model they are of, beside it
 
 DIR is the folder of a run, also while it is being written, or its folder of checkpoints; STEP a
 number, newest or best. Arrays are read one by one onto one device, whatever mesh saved them, and no
@@ -223,10 +224,13 @@ def main(argv: list[str]) -> None:
             tables.print_table(f"Damaged in {args[0]}", rows)
         else:
             print(f"{args[0]}: every array of {options.step or 'every'} step is what was saved")
+        for path in sorted(folder_of(args[0]).glob(f"*{ASIDE}*")):
+            print(f"{path} was set aside as damaged, and is no step")
     elif command == "export":
         require(bool(options.to), "export needs --to=FILE.safetensors")
-        rows = export(args[0], options.step or "newest", pathlib.Path(options.to))
-        print(f"{len(rows)} arrays in {options.to}")
+        step = step_folder(args[0], options.step or "newest").name
+        rows = export(args[0], step, pathlib.Path(options.to))
+        print(f"{len(rows)} arrays of step {step} in {options.to}, and {CONFIG_FILE} beside it")
     else:
         rows = _print_diff(args, options.step)
     if options.json:

@@ -3,13 +3,15 @@
 Trains every variant (a router, or a router with options from --options=FILE.json) with every seed,
 one run after another, into DIR/VARIANT/seed_N. A seed decides the initial weights and the batches,
 so runs of one seed differ in the router alone. Seeds are gone through one by one, so that a study
-that is stopped has whole pairs; the same command goes on where it was stopped.
+that is stopped has whole pairs; the same command goes on where it was stopped. FILE.json names
+variants, such as `{"no_offset": {"like": "whitened", "moe.routing.offset": false}}`, see
+`train.variants`.
 
 Prints one table a metric: mean over seeds, and the difference to the baseline seed by seed, each
 with a 95 % t-interval; from five seeds on a bootstrap interval stands beside the second. Figures
 are in DIR/figures, all numbers in --json=FILE. Such a file, given as --results, spares the runs
 that are in it, and they are compared too: a study goes on in another folder, and new variants are
-set beside published ones. It is written anew after every run.
+set beside published ones. The file of --json is written anew after every run.
 
 With --tune, trains instead a few values of one option for every variant (`variants.TUNING`) with
 one seed that is not of the study, and writes those with the lowest held-out loss to DIR/tuned.json,
@@ -165,7 +167,7 @@ def draw(results: Sequence[Result], rows: Sequence[Any], to: pathlib.Path) -> No
 
 
 def choose_baseline(given: str, names: Sequence[str]) -> str:
-    """The variant that differences are to: loss_free, or the first, where none is given.
+    """The variant that differences are to: loss_free, or else the first, where none is given.
 
     Raises:
         ValueError: it is not among the variants.
@@ -175,7 +177,7 @@ def choose_baseline(given: str, names: Sequence[str]) -> str:
     require(
         given in names,
         f"--baseline={given} is not among the variants that are compared, {', '.join(names)}; add"
-        " it to --routers, or name one of them",
+        " it to --routers, or name one of these",
     )
     return given
 
@@ -201,13 +203,14 @@ def main(argv: list[str]) -> None:
         f"--seeds={args.seeds} leaves no interval: it takes 2 seeds or more; for a single run of"
         " one router use python -m train",
     )
-    baseline = choose_baseline(args.baseline, [variant.name for variant in variants])
     jobs = study_jobs(base, workdir, variants, range(base.seed, base.seed + args.seeds))
     cluster.together(lambda: check_jobs(jobs))
     there = cluster.together(lambda: outcome.read_results(args.results))
     # Processes may see a file's new content late: all take what the first one sees.
     there = json.loads(gather_texts(json.dumps(there))[0])
     known = check_known(base, jobs, there)
+    names = dict.fromkeys([*(variant.name for variant in variants), *(name for name, _ in known)])
+    baseline = choose_baseline(args.baseline, list(names))
     results = run_jobs(jobs, known, made=lambda so_far: _keep(args.json, so_far, known))
     results = _with_known(results, known)
     check_same_start(results)
@@ -256,9 +259,14 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "Experiment.", lock_config=True)
     flags.DEFINE_string("workdir", None, "Folder of the study.", required=True)
     flags.DEFINE_list("routers", None, "Routers, or names from --options.", required=True)
-    flags.DEFINE_integer("seeds", 5, "Seeds, from the configuration's seed on.", lower_bound=1)
+    flags.DEFINE_integer(
+        "seeds",
+        5,
+        "Seeds, from the configuration's seed on; 2 or more but with --tune.",
+        lower_bound=1,
+    )
     flags.DEFINE_list("options", [], "JSON files of variants: name to router and dotted keys.")
-    flags.DEFINE_string("results", "", "File that --json has written: runs in it are not repeated.")
+    flags.DEFINE_string("results", "", "File that --json has written: its runs are not repeated.")
     flags.DEFINE_string(
         "baseline", "", "Variant that differences are to; loss_free, or else the first."
     )

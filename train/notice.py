@@ -69,7 +69,10 @@ class Notice:
                     self._tell_others(signal.SIGTERM)
                 name = signal.Signals(number[0]).name
                 if not self.asked:
-                    _leave(f"{name} before the first step: nothing to save")
+                    _leave(
+                        f"{name} before the first step: nothing to save; the same command"
+                        " begins again"
+                    )
                 self.begin(name)
 
     def begin(self, name: str) -> None:

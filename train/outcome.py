@@ -51,6 +51,9 @@ CURVE_POINTS = 60
 SIMILARITY = "similarity.npz"
 """Similarity matrices [E,E] by layer, of the trained model."""
 
+SHOWN = 8
+"""Keys in which configurations differ that an error names."""
+
 SETTLED = 50
 """Step that ends a run's beginning."""
 
@@ -300,7 +303,9 @@ def read_results(path: str) -> list[Result]:
         return []
     file = pathlib.Path(path)
     if not file.is_file():
-        raise FileNotFoundError(f"--results={path}: there is no such file")
+        raise FileNotFoundError(
+            f"--results={path} is no file; give the one that --json=FILE has written"
+        )
     try:
         rows = json_file.read_object(file)["rows"]
         results = [_whole(row) for row in rows if row["table"] == RUNS]
@@ -309,8 +314,8 @@ def read_results(path: str) -> list[Result]:
         return results
     except _DAMAGED as error:
         raise ValueError(
-            f"--results={path} holds no results that can be used ({_said(error)}); give a file that"
-            " --json=FILE of python -m train.compare has written, this version's"
+            f"--results={path} holds no results of this version: {_said(error)}; give a file that"
+            " python -m train.compare --json=FILE has written"
         ) from error
 
 
@@ -379,8 +384,9 @@ def check_same(result: Result, tree: config_dict.ConfigDict) -> None:
 def _refuse_changes(what: str, before: Tree, tree: config_dict.ConfigDict, remedy: str) -> None:
     changed = changed_keys(before, tree.to_dict())
     changed = [line for line in changed if not line.partition(":")[0].endswith("_dir")]
+    more = f"; and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
     require(
         not changed,
-        f"{what} another configuration ({'; '.join(changed)}), and a study compares runs of one;"
-        f" {remedy}",
+        f"{what} another configuration ({'; '.join(changed[:SHOWN])}{more}), and a study compares"
+        f" runs of one; {remedy}",
     )

@@ -125,12 +125,16 @@ def run_jobs(
     """
     found = [_found(job, known or {}, measured) for job in jobs]
     left = [number for number, result in enumerate(found) if result is None]
+    there = sum(job.key in (known or {}) for job in jobs)
+    if len(left) < len(jobs):
+        other = len(jobs) - len(left) - there
+        LOGGER.info("%d runs are in --results, %d in their folders already", there, other)
     with notice.heeded(jobs[0].tree.checkpoint.grace_s), _compiled_once():
         took: list[float] = []
         for done, number in enumerate(left):
             job, rest = jobs[number], len(left) - done
-            hours = f"; about {rest * statistics.fmean(took) / 3600:.1f} h left" if took else ""
-            LOGGER.info("run %d of %d: %s%s", done + 1, len(left), job.folder, hours)
+            time_left = f"; about {rest * statistics.fmean(took) / 60:.0f} min left" if took else ""
+            LOGGER.info("run %d of %d: %s%s", done + 1, len(left), job.folder, time_left)
             began = time.perf_counter()
             found[number] = result = _run(job, measured)
             if cluster.is_first():

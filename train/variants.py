@@ -156,11 +156,15 @@ def _given(
         return given
     like = given.pop("like")
     require("router" not in given, f"variant {name!r} has both 'router' and 'like'; leave one out")
-    require(
-        isinstance(like, str) and like not in below,
-        f"variant {name!r} is like {reprlib.repr(like)}, which is no name or leads back to it",
-    )
+    require(isinstance(like, str), f"variant {name!r} is like {reprlib.repr(like)}, no name")
+    require(like not in below, f"variant {name!r} is like {like!r}, which is like {name!r}")
     if like == name or like not in options:
+        known = [*(other for other in options if other != name), *ROUTERS]
+        require(
+            like in ROUTERS,
+            f"variant {name!r} is like {like!r}, which is neither a variant nor a router; choose"
+            f" from {', '.join(known)}",
+        )
         return {"router": like} | given
     return _given(like, options, (*below, name)) | given
 
@@ -197,7 +201,17 @@ def variant_tree(
         # only compared, and the tables say so.
         changes["moe.dispatch"] = "capacity"
         changes |= {"moe.routing.acausal": True} if tree.task == "lm" else {}
-    update(tree, changes | dict(variant.options))
+    update(tree, changes)
+    for key, value in variant.options.items():
+        require(
+            not isinstance(value, Mapping),
+            f"variant {variant.name!r}: {key!r} is an object; write its keys with dots, such as"
+            ' "moe.routing.bias_rate": 0.01',
+        )
+    try:
+        update(tree, variant.options)
+    except ValueError as error:
+        raise ValueError(f"variant {variant.name!r}: {error}") from error
     return tree
 
 

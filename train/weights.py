@@ -53,8 +53,8 @@ def write_weights(
     text = to_json({"format": FORMAT, "task": task, "model": dict(model)})
     require(
         not beside.exists() or beside.read_text(encoding="utf-8") == text,
-        f"{beside} exists and is about something else, but --to={target} needs its own there to be"
-        " read again; nothing was written: name a file in another folder",
+        f"{beside} exists, and --to={target} needs another there, of the model alone, to be read"
+        " again; nothing was written: name a file in another folder",
     )
     files.write_safetensors(target, params, {"format": FORMAT})
     beside.write_text(text, encoding="utf-8")

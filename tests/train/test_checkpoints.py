@@ -224,7 +224,7 @@ def test_what_cannot_be_compared_is_refused(two, tmp_path):
         compare(Side(epath.Path(two / "1")), Side(epath.Path(tmp_path / "a/1")))
     shutil.copytree(two, tmp_path / "b")
     (tmp_path / "b/1/state/manifest.ocdbt").unlink()
-    with pytest.raises(CheckpointError, match=r"is damaged: .*compare another step"):
+    with pytest.raises(CheckpointError, match=r"is damaged: .*compare other steps: diff DIR"):
         compare(Side(epath.Path(tmp_path / "b/1")), Side(epath.Path(two / "2")))
 
 
@@ -312,7 +312,7 @@ def test_exports_of_something_else_are_refused(vision, copy, tmp_path, one_devic
     run = build(freeze(vit_tree(init_from=str(target))), tmp_path / "run")
     with pytest.raises(ValueError, match="is a language model; name one of images"):
         initial_params(run)
-    with pytest.raises(ValueError, match="exists and is about something else"):
+    with pytest.raises(ValueError, match="exists, and --to=.* needs another there"):
         checkpoints.export(str(vision[0]), "newest", tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"must end in .safetensors"):
         checkpoints.export(str(copy), "newest", tmp_path / "model.pth")

@@ -224,7 +224,7 @@ def test_signals_end_a_run_that_has_saved_with_a_code_of_their_own(whole):
     signal_to(third, signal.SIGTERM)
     end(third)
     assert third.exitcode == EXIT_CODE, lives.told(workdir)
-    assert lives.told(workdir).endswith("SIGTERM before the first step: nothing to save\n")
+    assert lives.told(workdir).endswith("nothing to save; the same command begins again\n")
     finish(whole, workdir)
 
 

@@ -123,7 +123,7 @@ def test_results_read_back_from_the_tables_of_a_study(tmp_path):
     # Keys that are younger than the file have their defaults.
     assert (result["config"]["steps"], result["config"]["batch"]) == (7, experiment("lm").batch)
     assert outcome.read_results("") == []
-    with pytest.raises(FileNotFoundError, match="--results=absent: there is no such file"):
+    with pytest.raises(FileNotFoundError, match="--results=absent is no file; give the one"):
         outcome.read_results("absent")
 
 
@@ -143,7 +143,7 @@ def test_results_read_back_from_the_tables_of_a_study(tmp_path):
 def test_damaged_tables_of_a_study_are_refused(damage, said, tmp_path):
     file = tmp_path / "study.json"
     file.write_text(json.dumps({"rows": [ROW | damage]}))
-    with pytest.raises(ValueError, match=r"study\.json holds no results that can be used") as error:
+    with pytest.raises(ValueError, match=r"study\.json holds no results of this version") as error:
         outcome.read_results(str(file))
     assert said in str(error.value)
 
@@ -164,6 +164,8 @@ def test_a_run_of_another_configuration_is_refused(tmp_path):
     outcome.check_unchanged(tmp_path, elsewhere)
     with pytest.raises(ValueError, match=r"another configuration \(steps: 30 -> 40\).*set these"):
         outcome.check_unchanged(tmp_path, lm_tree(steps=40))
+    with pytest.raises(ValueError, match=r"\(.*; and \d+ more\), and a study compares"):
+        outcome.check_unchanged(tmp_path, vit_tree())
 
 
 def test_all_that_is_gathered_is_shown_somewhere(finished, one_device):

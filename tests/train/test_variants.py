@@ -50,9 +50,9 @@ def test_names_are_looked_up_in_the_options_first_and_among_the_routers_then(tmp
         ({"a": {"router": ["eigen"]}}, "variant 'a' has router=('eigen',); choose one of "),
         ({"a": {"router": "eigne"}}, "variant 'a' has router='eigne'; choose one of "),
         ({"a": {"router": "eigen", "like": "b"}}, "variant 'a' has both 'router' and 'like'"),
-        ({"a": {"like": 3}}, "variant 'a' is like 3, which is no name or leads back to it"),
-        ({"a": {"like": "b"}, "b": {"like": "a"}}, "variant 'b' is like 'a', which is no name or"),
-        ({"a": {"like": "none"}}, "variant 'a' has router='none'; choose one of "),
+        ({"a": {"like": 3}}, "variant 'a' is like 3, no name"),
+        ({"a": {"like": "b"}, "b": {"like": "a"}}, "variant 'b' is like 'a', which is like 'b'"),
+        ({"a": {"like": "c"}, "b": {}}, "'a' is like 'c', which is neither a variant nor a router"),
         ({"a": {"router": "eigen", "seed": 3}}, "sets 'seed', which the study decides"),
     ],
 )
@@ -142,8 +142,10 @@ def test_expert_choice_gets_the_dispatcher_that_takes_it():
 
 
 def test_impossible_variants_are_refused_without_data():
-    with pytest.raises(ValueError, match=r"config key 'moe\.routing\.tau' does not exist"):
+    with pytest.raises(ValueError, match=r"variant 'a': config key 'moe\.routing\.tau' does not"):
         variant_tree(lm_tree(), Variant("a", "eigen", {"moe.routing.tau": 1.0}), 0)
+    with pytest.raises(ValueError, match=r"variant 'a': 'moe' is an object; write .* with dots"):
+        variant_tree(lm_tree(), Variant("a", "eigen", {"moe": {"top_k": 1}}), 0)
     unread = Variant("a", "random", {"moe.routing.temperature": 1.0})
     with pytest.raises(
         ValueError, match=r"temperature=1\.0 is set, but the router 'random' does not"
