@@ -312,7 +312,7 @@ def test_exports_of_something_else_are_refused(vision, copy, tmp_path, one_devic
     run = build(freeze(vit_tree(init_from=str(target))), tmp_path / "run")
     with pytest.raises(ValueError, match="is a language model; name one of images"):
         initial_params(run)
-    with pytest.raises(ValueError, match="exists, and --to=.* needs another there"):
+    with pytest.raises(ValueError, match=r"exists, and --to=.* needs another there"):
         checkpoints.export(str(vision[0]), "newest", tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"must end in .safetensors"):
         checkpoints.export(str(copy), "newest", tmp_path / "model.pth")
