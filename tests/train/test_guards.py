@@ -15,7 +15,7 @@ from emoe_jax import sharding
 from emoe_jax.checkpoint import Checkpoints
 from tests.train.tiny import mesh_of_one, vit_tree
 from tests.train.trainer import FAST_COMPILE
-from train import cluster, compare, guards, loop
+from train import cluster, guards, loop, study
 from train.config import freeze
 from train.data.vision import VisionData
 from train.guards import Diverged, Fault, Guard, Rollback, merged, position
@@ -223,7 +223,7 @@ def trained():
             patch.setattr(VisionData, "train_iterator", spoil)
             loop.train(vit_tree(**(KEYS | changes)), folder)
 
-    with compare._compiled_once():
+    with study._compiled_once():
         yield run
 
 
