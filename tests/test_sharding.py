@@ -221,7 +221,8 @@ def test_a_sharded_model_has_the_loss_and_gradients_of_one_device():
 
     def check(a, b):
         a, b = np.asarray(a), np.asarray(b)
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(np.abs(b).max(), 1e-2))
+        # The floor is for what is zero but for rounding, such as the orthonormality error.
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(np.abs(b).max(), 0.1))
 
     chex.assert_trees_all_equal_structs(sharded, alone)
     jax.tree.map(check, sharded, alone)

@@ -126,7 +126,8 @@ def test_the_last_block_computes_the_tokens_that_are_read_and_nothing_changes(va
 
 
 def _assert_near(ours, theirs):
-    chex.assert_trees_all_close(ours, theirs, atol=max(1e-7, 2e-6 * np.max(np.abs(theirs))))
+    # The floor is for what is zero but for rounding, such as the gradients of key biases.
+    chex.assert_trees_all_close(ours, theirs, atol=2e-6 * max(1.0, np.max(np.abs(theirs))))
 
 
 def _last_width(split, params, router, images):
