@@ -88,7 +88,8 @@ class RouterConfig:
     Attributes:
         temperature: tau, divides the scores before the softmax (eigen, softmax, switch; default 1);
             learned, and this its first value (whitened, softmax_offset; default 0.6).
-        score: "softmax" or "sigmoid", maps scores to gates (loss_free; default "sigmoid").
+        score: "softmax" or "sigmoid", maps scores to gates (loss_free, default
+            "sigmoid"; whitened, softmax_offset, default "softmax").
         renormalize: whether the gates of the K chosen experts are divided by their sum (softmax,
             switch, loss_free, whitened, softmax_offset; default False).
         balance_weight: weight of the Switch balance loss (switch; default 0.01).

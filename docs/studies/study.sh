@@ -46,6 +46,7 @@ routers=whitened,softmax_offset,loss_free,switch,softmax,eigen
 # width 96 its own basis spans the whole space, and so does not move: what a basis of fewer
 # directions does, tracked or fixed, is for the controls to say.
 controls=loss_free_softmax,no_offset,no_whitening,fixed_rank_E,rank_E,rank_2E
+controls=$controls,renormalized,sigmoid,softmax_offset_sigmoid
 e32=(--config.moe.experts=32 --config.moe.top_k=2 --config.moe.hidden=96)
 e8=(--config.moe.experts=8 --config.moe.top_k=1 --config.moe.hidden=192)
 

@@ -159,6 +159,20 @@ def top_k_of_rows(x: Array, k: int) -> tuple[Array, Array]:
     return values, indices.astype(jnp.int32)
 
 
+def gates_of(scores: Array, score: str) -> tuple[Array, Array]:
+    """The gates of all experts, and as shares of 1 over them, both [T,E].
+
+    Args:
+        scores: [T,E] float32.
+        score: "softmax", whose gates are those shares, or "sigmoid", each expert's gate its own.
+    """
+    if score == "softmax":
+        gates = jax.nn.softmax(scores, axis=-1)
+        return gates, gates
+    gates = jax.nn.sigmoid(scores)
+    return gates, gates / jnp.maximum(jnp.sum(gates, axis=-1, keepdims=True), 1e-9)
+
+
 def gather_gates(gates: Array, indices: Array, *, renormalize: bool = False) -> Array:
     """The gates [T,K] of the chosen experts out of [T,E].
 

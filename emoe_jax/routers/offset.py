@@ -30,6 +30,7 @@ from emoe_jax.routers.base import (
     Routing,
     State,
     count,
+    gates_of,
     gather_gates,
     linear,
     make_routing,
@@ -152,12 +153,13 @@ def choose_by_offset(
     context: Context,
     *,
     k: int,
+    score: str,
     renormalize: bool,
     good: Array,
     metrics: dict[str, Array],
     stats: dict[str, Array],
 ) -> Routing:
-    """Chooses the K largest s + b; the gates are p = softmax((s + b)/τ) over all experts.
+    """Chooses the K largest s + b; the gates are softmax((s + b)/τ) over all experts, or sigmoids.
 
     Args:
         scores: s [T,E], standardised.
@@ -165,13 +167,14 @@ def choose_by_offset(
         log_temperature: log τ [].
         context: of the tokens.
         k: K.
+        score: "softmax" or "sigmoid".
         renormalize: whether gates are divided by their sum over K.
         good: [T] bool, the tokens whose loads and moments move the state.
         metrics: the router's own.
         stats: the router's own.
     """
     shifted = scores + offset[None, :]
-    probs = jax.nn.softmax(shifted * jnp.exp(-log_temperature), axis=-1)
+    gates, probs = gates_of(shifted * jnp.exp(-log_temperature), score)
     indices = select_top_k(shifted, k)
     common = {
         "offset": jnp.max(jnp.abs(offset)),
@@ -179,7 +182,7 @@ def choose_by_offset(
     }
     return make_routing(
         indices,
-        gather_gates(probs, indices, renormalize=renormalize),
+        gather_gates(gates, indices, renormalize=renormalize),
         probs,
         context.mask,
         metrics=common | metrics,
@@ -206,15 +209,20 @@ class SoftmaxOffsetRouter(Router):
         updates: n [], updates of the state.
     """
 
-    OPTIONS: ClassVar[frozenset[str]] = frozenset({"temperature", "renormalize"})
+    OPTIONS: ClassVar[frozenset[str]] = frozenset({"temperature", "score", "renormalize"})
     CALIBRATES: ClassVar[bool] = True
 
     def __init__(self, config: MoEConfig, width: int, *, rngs: nnx.Rngs) -> None:
         E = config.experts
         options = router_options(
-            config, SoftmaxOffsetRouter, temperature=TEMPERATURE, renormalize=False
+            config,
+            SoftmaxOffsetRouter,
+            temperature=TEMPERATURE,
+            score="softmax",
+            renormalize=False,
         )
         self.top_k = config.top_k
+        self.score = options["score"]
         self.renormalize = options["renormalize"]
         self.kernel = init_kernel(rngs, width, E)
         self.log_temperature = nnx.Param(jnp.log(jnp.float32(options["temperature"])))
@@ -236,6 +244,7 @@ class SoftmaxOffsetRouter(Router):
             self.log_temperature[...],
             context,
             k=self.top_k,
+            score=self.score,
             renormalize=self.renormalize,
             good=good,
             metrics={},

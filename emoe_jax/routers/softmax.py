@@ -16,6 +16,7 @@ from emoe_jax.routers.base import (
     Routing,
     State,
     count,
+    gates_of,
     gather_gates,
     linear,
     make_routing,
@@ -139,11 +140,7 @@ class LossFreeRouter(Router):
     def __call__(self, tokens: Array, context: Context) -> Routing:
         """Routes tokens [T,D]; see the class."""
         scores = linear(tokens, self.kernel[...])
-        if self.score == "sigmoid":
-            gates = jax.nn.sigmoid(scores)
-            probs = gates / jnp.sum(gates, axis=-1, keepdims=True)
-        else:
-            gates = probs = jax.nn.softmax(scores, axis=-1)
+        gates, probs = gates_of(scores, self.score)
         indices = select_top_k(gates + self.bias[...][None, :], self.top_k)
         weights = gather_gates(gates, indices, renormalize=self.renormalize)
         return make_routing(indices, weights, probs, context.mask)

@@ -48,7 +48,8 @@ class WhitenedRouter(Router):
     1. z = Qᵀ(h - μ); u = C^-α z, scaled to unit variance on average (`basis.whitener`).
     2. s = Aᵀu, with A [R,E] of orthonormal columns; for E > R of orthonormal rows, a tight frame,
        times sqrt(E/R), so that columns have unit length on average.
-    3. The K largest s + b are chosen; the gates are softmax((s + b)/τ), see `offset`.
+    3. The K largest s + b are chosen; the gates are softmax((s + b)/τ), or its sigmoids with
+       `score`, see `offset`.
     4. After each step μ, Q, C and b move (`update`), from sums over the global batch. A step routes
        by the state of the step before, so a route depends on no other token; evaluation moves
        nothing.
@@ -70,7 +71,7 @@ class WhitenedRouter(Router):
     """
 
     OPTIONS: ClassVar[frozenset[str]] = frozenset(
-        {"temperature", "renormalize", "offset", "subspace", "whitening"}
+        {"temperature", "score", "renormalize", "offset", "subspace", "whitening"}
     )
     CALIBRATES: ClassVar[bool] = True
 
@@ -79,6 +80,7 @@ class WhitenedRouter(Router):
         options = _options(config)
         self.top_k = config.top_k
         self.method = config.basis.method
+        self.score = options["score"]
         self.renormalize = options["renormalize"]
         self.subspace = options["subspace"]
         tall = (max(R, E), min(R, E))
@@ -119,6 +121,7 @@ class WhitenedRouter(Router):
             self.log_temperature[...],
             context,
             k=self.top_k,
+            score=self.score,
             renormalize=self.renormalize,
             metrics=self._metrics(basis),
             good=good,
@@ -176,6 +179,7 @@ def _options(config: MoEConfig) -> dict[str, Any]:
         config,
         WhitenedRouter,
         temperature=TEMPERATURE,
+        score="softmax",
         renormalize=False,
         offset=True,
         subspace="tracked",

@@ -25,7 +25,7 @@ from emoe_jax.routers.offset import (
 pytestmark = pytest.mark.usefixtures("strict")
 
 D, E = 6, 4
-PLAIN = {"renormalize": False, "metrics": {}, "stats": {}}
+PLAIN = {"score": "softmax", "renormalize": False, "metrics": {}, "stats": {}}
 START, END = jnp.zeros(()), jnp.ones(())
 
 
@@ -126,6 +126,51 @@ def test_gates_are_the_softmax_of_what_was_chosen():
     chex.assert_trees_all_close(routing.weights[0], probs[[1, 0]], rtol=1e-6)
     assert float(routing.metrics["offset"]) == 2.0
     assert float(routing.metrics["temperature"]) == pytest.approx(2.0)
+
+
+def test_sigmoid_gates_are_of_each_expert_alone_and_may_sum_to_more_than_one():
+    scores, offset = jnp.array([[1.0, 0.0, 0.5]]), jnp.array([0.0, 2.0, 0.0])
+    context = Context(jnp.ones((1, 1), bool))
+
+    def route(scores, score="sigmoid"):
+        return choose_by_offset(
+            scores,
+            offset,
+            jnp.log(2.0),
+            context,
+            k=2,
+            **PLAIN | {"score": score},
+            good=context.mask[0],
+        )
+
+    routing = route(scores)
+    gates = 1 / (1 + np.exp(-np.array([0.5, 1.0, 0.25])))
+    chex.assert_trees_all_equal(routing.indices, route(scores, "softmax").indices)
+    chex.assert_trees_all_close(routing.weights[0], gates[[1, 0]], rtol=1e-6)
+    chex.assert_trees_all_close(routing.probs[0], gates / gates.sum(), rtol=1e-6)
+    gradient = jax.grad(lambda scores: route(scores).weights[0, 0])(scores)
+    assert gradient[0, 0] == gradient[0, 2] == 0.0
+    chex.assert_trees_all_close(gradient[0, 1], gates[1] * (1 - gates[1]) / 2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("router", ["whitened", "softmax_offset"])
+def test_the_routers_with_an_offset_read_the_kind_of_their_gates(router):
+    tokens = draw((7, D))
+    made = {
+        score: make_router(
+            MoEConfig(router=router, experts=E, top_k=2, routing=RouterConfig(score=score)),
+            D,
+            rngs=nnx.Rngs(0),
+        )(tokens, Context(jnp.ones((1, 7), bool)))
+        for score in ("softmax", "sigmoid")
+    }
+    chex.assert_trees_all_equal(made["softmax"].indices, made["sigmoid"].indices)
+    shares = {
+        score: routing.weights / jnp.take_along_axis(routing.probs, routing.indices, axis=1)
+        for score, routing in made.items()
+    }
+    chex.assert_trees_all_close(shares["softmax"], jnp.ones((7, 2)), rtol=1e-6)
+    assert np.all(np.abs(shares["sigmoid"] - 1.0) > 0.1)  # the sum of all gates
 
 
 def test_a_layer_that_saw_nothing_or_no_number_keeps_its_state():
