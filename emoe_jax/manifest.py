@@ -133,9 +133,9 @@ def digests(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
     sums = {}
     for name, array in arrays.items():
         sums[name] = digest(array)
-        if jax.process_count() > 1:
-            # One at a time: processes on CPU that have several sums in flight wait for each other
-            # forever.
+        if len(array.sharding.device_set) > 1:
+            # One at a time: devices on CPU, of one process or of several, that have several sums
+            # in flight wait for each other forever.
             sums[name].block_until_ready()
     return {name: int(value) for name, value in jax.device_get(sums).items()}
 

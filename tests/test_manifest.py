@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from emoe_jax import manifest
 from emoe_jax.manifest import check_array, describe, digest, flatten, nest
 
 
@@ -29,6 +30,30 @@ def test_digest_finds_any_flipped_bit_on_any_sharding(data: st.DataObject) -> No
     spread = jax.device_put(x, NamedSharding(mesh, PartitionSpec("x")))
     assert int(digest(x)) != int(digest(y))
     assert int(digest(x)) == int(digest(spread))
+
+
+@pytest.mark.parametrize(("devices", "most"), [(1, 3), (8, 1)])
+def test_sums_over_several_devices_are_never_in_flight_together(
+    devices: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Their programs wait for each other's devices, and on CPU that can be forever.
+    flying: list[str] = []
+    seen = []
+
+    class Sum(int):
+        def block_until_ready(self) -> None:
+            flying.clear()
+
+    def started(_: jax.Array) -> Sum:
+        flying.append("sum")
+        seen.append(len(flying))
+        return Sum(7)
+
+    monkeypatch.setattr(manifest, "digest", started)
+    mesh = jax.make_mesh((devices,), ("x",), axis_types=(AxisType.Auto,))
+    array = jax.device_put(jnp.zeros(8), NamedSharding(mesh, PartitionSpec("x")))
+    assert manifest.digests(dict.fromkeys("abc", array)) == dict.fromkeys("abc", 7)
+    assert max(seen) == most
 
 
 def test_flatten_and_nest_are_inverse_but_for_empty_dicts():

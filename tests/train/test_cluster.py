@@ -345,7 +345,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         wait_for_step(two, 0, batch)
         os.kill(int((folder / "bin/1").read_text()), signal.SIGTERM)
         asked = finish(batch)
-        assert finish(single)[0] == 0
+        code, _, err = finish(single)
+        assert code == 0, err
     saved = saved_steps(two)
     requeued = (folder / "bin/scontrol").read_text()
     assert requeued == f"requeue {environment['SLURM_JOB_ID']}\n"
