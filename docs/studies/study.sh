@@ -42,9 +42,8 @@ short=(--config.steps=300 --config.optim.warmup=30 --config.settle=100
   --config.checkpoint.every=300)
 text=(--config.model.width=96 --config.data.sequence_length=256 --config.batch=8)
 routers=whitened,softmax_offset,loss_free,switch,softmax,eigen
-# whitened without one of its parts, at the option for which it was tuned. At width 96 its own basis
-# spans the whole space, and so does not move: what a basis of fewer directions does, tracked or
-# fixed, is for these to say.
+# whitened with one part left out or its basis made smaller, at the option for which it was tuned. At
+# width 96 its own basis spans the whole space, and so does not move.
 controls=no_offset,no_whitening,fixed_rank_E,rank_E,rank_2E
 # Other gates: what the cost of a swap owes to them.
 controls=loss_free_softmax,$controls,renormalized,sigmoid,softmax_offset_sigmoid
