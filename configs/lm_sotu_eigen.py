@@ -23,7 +23,6 @@ def get_config() -> ConfigDict:
             "moe.router": "eigen",
             "moe.basis.rank": 64,
             "moe.basis.method": "retraction",
-            "moe.routing.bias_rate": None,
             "optim.router_scale": 1.0,
         },
     )

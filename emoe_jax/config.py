@@ -165,7 +165,7 @@ class MoEConfig:
         routing: options of the router.
     """
 
-    router: str = "loss_free"
+    router: str = "whitened"
     experts: int = 8
     top_k: int = 1
     hidden: int = 512

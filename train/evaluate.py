@@ -1,9 +1,11 @@
-"""Evaluation on held-out data: python -m train.evaluate --workdir=DIR [--json=FILE].
+"""Evaluation: python -m train.evaluate --workdir=DIR [--train_batches=N] [--json=FILE].
 
-Language models: bits per byte, all nats of every held-out document (the first token and the end
-included) over its raw UTF-8 bytes. Vision: accuracy. Both: the routing of every expert layer, over
-all tokens that were read: windows of text overlap by half, so most of a long document counts twice.
-Several processes (see `train.cluster`) score each its rows; all get the sums, the first prints.
+On held-out data, or on batches drawn from the training data as training draws them, which tells
+what of a difference between the two is that of the data. Language models: bits per byte, all nats
+of every held-out document (the first token and the end included) over its raw UTF-8 bytes. Vision:
+accuracy. Both: the loss, and the routing of every expert layer, over all tokens that were read:
+windows of held-out text overlap by half, so most of a long document counts twice. Several processes
+(see `train.cluster`) score each its rows; all get the sums, the first prints.
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ import jax
 import numpy as np
 from absl import flags
 
+from emoe_jax.config import require
 from emoe_jax.models.stack import layer_names
 from emoe_jax.sharding import replicated
 from train import cli, cluster, notice, tables
+from train.data.shards import derive_seed
 from train.data.text import TextData
 from train.run import Run, load_trained
 from train.step import layer_metrics
@@ -27,6 +31,9 @@ from train.step import layer_metrics
 Tree = Any
 Scalars = dict[str, float]
 Rows = list[dict[str, Any]]
+
+DRAWN = 0xE7A1
+"""What tells the seed of training batches that are evaluated from that of training's."""
 
 
 class Evaluator(NamedTuple):
@@ -47,9 +54,28 @@ def heldout(run: Run) -> Iterator[dict[str, np.ndarray]]:
     return run.data.heldout_batches(run.eval_batch, rows=run.rows(run.eval_batch))
 
 
-def compile_evaluate(run: Run) -> Evaluator:
-    """The evaluation, compiled for the shapes of the held-out batches."""
-    batch = run.abstract_batch(next(heldout(run)), run.eval_batch)
+def training(run: Run, batches: int) -> Iterator[dict[str, np.ndarray]]:
+    """This process's part of so many batches of training, drawn with a seed of their own.
+
+    They are augmented and cut as in training, and in parts new to the model where it has made less
+    than a pass over its data.
+    """
+    seed = derive_seed(run.config.seed, DRAWN)
+    stream = run.data.train_iterator(run.eval_batch, seed=seed, rows=run.rows(run.eval_batch))
+    try:
+        for _ in range(batches):
+            yield next(stream)
+    finally:
+        stream.close()
+
+
+def _batches(run: Run, train_batches: int) -> Iterator[dict[str, np.ndarray]]:
+    return training(run, train_batches) if train_batches else heldout(run)
+
+
+def compile_evaluate(run: Run, train_batches: int = 0) -> Evaluator:
+    """The evaluation, compiled for the shapes of the batches; see `evaluate`."""
+    batch = run.abstract_batch(next(_batches(run, train_batches)), run.eval_batch)
     inputs = run.abstract["params"], run.abstract["router"], batch, jax.eval_shape(run.key)
     step = jax.jit(run.steps.evaluate, out_shardings=replicated(run.mesh)).lower(*inputs)
     sums = jax.eval_shape(run.steps.evaluate, *inputs)
@@ -57,17 +83,21 @@ def compile_evaluate(run: Run) -> Evaluator:
     return Evaluator(cluster.compile_together(step), metrics.compile())
 
 
-def evaluate(run: Run, evaluator: Evaluator, state: Tree) -> tuple[Scalars, Rows]:
-    """Scores all held-out data.
+def evaluate(
+    run: Run, evaluator: Evaluator, state: Tree, train_batches: int = 0
+) -> tuple[Scalars, Rows]:
+    """Scores all held-out data, or some batches of training.
 
     Args:
         run: the run.
         evaluator: from `compile_evaluate`.
         state: holds `params` and `router`.
+        train_batches: how many of `training` are scored; 0 for the held-out data.
 
     Returns:
-        Scalars by slash names: `eval/loss` (nats per target or image), `eval/bits_per_byte` or
-        `eval/accuracy`, and those of routing; and the routing table, one row an expert layer.
+        Scalars by slash names: `eval/loss` (nats per target or image), `eval/bits_per_byte` (of
+        held-out text alone) or `eval/accuracy`, and those of routing; and the routing table, one
+        row an expert layer.
 
     Raises:
         notice.Interrupted: the run is to end, see `train.notice`.
@@ -75,7 +105,7 @@ def evaluate(run: Run, evaluator: Evaluator, state: Tree) -> tuple[Scalars, Rows
     key = run.key()
     total: Any = None
     batches = 0
-    for batch in heldout(run):
+    for batch in _batches(run, train_batches):
         notice.check()
         placed = run.to_devices(batch, run.eval_batch)
         part = evaluator.step(state["params"], state["router"], placed, key)
@@ -84,14 +114,10 @@ def evaluate(run: Run, evaluator: Evaluator, state: Tree) -> tuple[Scalars, Rows
         total = part if total is None else jax.tree.map(np.add, total, part)
         batches += 1
     sums = {name: float(value) for name, value in total["sums"].items()}
-    data = run.data
-    expected = data.heldout_targets if isinstance(data, TextData) else data.heldout_images
-    if sums["count"] != expected:
-        raise RuntimeError(f"scored {sums['count']:.0f} held-out targets, there are {expected}")
     scalars = {"eval/loss": sums["loss"] / sums["count"]}
-    if isinstance(run.data, TextData):
-        scalars["eval/bits_per_byte"] = sums["loss"] / math.log(2) / run.data.heldout_bytes
-    else:
+    if not train_batches:
+        scalars |= _of_heldout(run, sums)
+    if "correct" in sums:
         scalars["eval/accuracy"] = sums["correct"] / sums["count"]
     aux = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), total["aux"])
     rows = routing_rows(run, jax.device_get(evaluator.metrics(aux, np.float32(batches))))
@@ -99,6 +125,17 @@ def evaluate(run: Run, evaluator: Evaluator, state: Tree) -> tuple[Scalars, Rows
         named = {k: v for k, v in row.items() if k not in ("layer", "load")}
         scalars |= {f"eval/router/{row['layer']}/{k}": float(v) for k, v in named.items()}
     return scalars, rows
+
+
+def _of_heldout(run: Run, sums: Scalars) -> Scalars:
+    """What only a whole set of documents has, once it is sure that all of it was scored."""
+    data = run.data
+    expected = data.heldout_targets if isinstance(data, TextData) else data.heldout_images
+    if sums["count"] != expected:
+        raise RuntimeError(f"scored {sums['count']:.0f} held-out targets, there are {expected}")
+    if not isinstance(data, TextData):
+        return {}
+    return {"eval/bits_per_byte": sums["loss"] / math.log(2) / data.heldout_bytes}
 
 
 def routing_rows(run: Run, metrics: dict[str, dict[str, Any]]) -> Rows:
@@ -115,32 +152,44 @@ def routing_rows(run: Run, metrics: dict[str, dict[str, Any]]) -> Rows:
     return sorted(rows, key=lambda row: str(row["layer"]))
 
 
-def print_evaluation(run: Run, scalars: Scalars, rows: Rows, step: int) -> None:
-    """Prints the result and the routing table."""
-    if isinstance(run.data, TextData):
-        result = f"{scalars['eval/bits_per_byte']:.4f} bits per byte"
-        on = f"{run.data.heldout_bytes:,} bytes"
+def print_evaluation(
+    run: Run, scalars: Scalars, rows: Rows, step: int, train_batches: int = 0
+) -> None:
+    """Prints the result and the routing table; `train_batches` as in `evaluate`."""
+    loss = f"loss {scalars['eval/loss']:.4f} nats"
+    if train_batches:
+        where = f"{train_batches} batches of training"
+        print(f"step {step}: {loss} on {where}")
     else:
-        result = f"{100 * scalars['eval/accuracy']:.2f} % accuracy"
-        on = f"{run.data.heldout_images:,} images"
-    print(f"step {step}: held out {result} (loss {scalars['eval/loss']:.4f} nats) on {on}")
+        where = "held-out data"
+        print(f"step {step}: held out {_heldout_result(run, scalars, loss)}")
     shown = [{k: v for k, v in row.items() if k != "load"} for row in rows]
     for row, full in zip(shown, rows, strict=True):
         row["largest load"] = max(full["load"])
         row["smallest load"] = min(full["load"])
     if shown:
-        tables.print_table(f"Routing on held-out data, router {run.config.model.moe.router}", shown)
+        tables.print_table(f"Routing on {where}, router {run.config.model.moe.router}", shown)
+
+
+def _heldout_result(run: Run, scalars: Scalars, loss: str) -> str:
+    if isinstance(run.data, TextData):
+        bits = scalars["eval/bits_per_byte"]
+        return f"{bits:.4f} bits per byte ({loss}) on {run.data.heldout_bytes:,} bytes"
+    accuracy = 100 * scalars["eval/accuracy"]
+    return f"{accuracy:.2f} % accuracy ({loss}) on {run.data.heldout_images:,} images"
 
 
 def main(argv: list[str]) -> None:
     """Evaluates a checkpoint of a run."""
     args = flags.FLAGS
+    count = args.train_batches
+    require(count >= 0, f"--train_batches={count} is below zero; 0 means the held-out data")
     workdir = pathlib.Path(args.workdir)
     run, state, step = load_trained(workdir, cli.overrides(args.override), args.step)
-    scalars, rows = evaluate(run, compile_evaluate(run), state)
+    scalars, rows = evaluate(run, compile_evaluate(run, count), state, count)
     if not cluster.is_first():
         return
-    print_evaluation(run, scalars, rows, step)
+    print_evaluation(run, scalars, rows, step, count)
     if args.json:
         result = {"layer": "all", "step": step} | scalars
         tables.write_json(args.json, [result, *rows])
@@ -148,5 +197,8 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     cli.define_trained_run()
+    flags.DEFINE_integer(
+        "train_batches", 0, "Evaluate on so many batches of training in place of the held-out data."
+    )
     flags.DEFINE_string("json", "", "File to write the table to.")
     cli.run(main)

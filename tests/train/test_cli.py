@@ -28,13 +28,14 @@ CASES = {
     "unknown flag": ["train", TINY, "--workdir={}", "--nonsense=1"],
     "json nowhere": ["train", TINY, "--workdir={}", "--json={}/absent/table.json"],
     "workdir is remote": ["train", TINY, "--workdir=gs://bucket/run"],
-    # The option of lm_sotu that eigen does not read is unset, so that the next error is met.
+    # The option of the paper's recipe that switch does not read is unset, so that the next error
+    # is met.
     "option unset": [
         "train",
-        "--config=configs/lm_sotu.py",
+        "--config=configs/vit_b16_emoe_adapter.py",
         "--workdir={}",
-        "--config.moe.router=eigen",
-        "--config.moe.routing.bias_rate=None",
+        "--config.moe.router=switch",
+        "--config.moe.routing.orthogonality_weight=None",
         "--config.batch=0",
     ],
     "name of no parameter": [

@@ -141,7 +141,7 @@ def test_the_result_is_printed_with_step_and_amount(finished, trained_run, capsy
     bits = finished.scalars["eval/bits_per_byte"]
     assert f"step 24: held out {bits:.4f} bits per byte" in printed
     assert f"on {this.data.heldout_bytes:,} bytes" in printed
-    assert "router loss_free" in printed
+    assert f"held-out data, router {this.config.model.moe.router}" in printed
     assert "layer_01" in printed
 
 
@@ -165,7 +165,7 @@ def test_a_damaged_config_is_named(tmp_path):
 def test_the_program_writes_its_table(finished, one_device, tmp_path, monkeypatch):
     class Flags:
         workdir, override, step = str(finished.workdir), ["accumulate=4"], "best"
-        json = str(tmp_path / "table.json")
+        json, train_batches = str(tmp_path / "table.json"), 0
 
     monkeypatch.setattr(evaluate, "flags", types.SimpleNamespace(FLAGS=Flags))
     monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "train.evaluate"])
@@ -175,3 +175,51 @@ def test_the_program_writes_its_table(finished, one_device, tmp_path, monkeypatc
     assert table["rows"][0]["step"] == 24
     loss = finished.scalars["eval/loss"]
     assert table["rows"][0]["eval/loss"] == pytest.approx(loss, rel=1e-6)
+
+
+def test_batches_of_training_are_scored_as_a_plain_computation_scores_them(
+    finished, trained_run, capsys
+):
+    this, state, _ = trained_run
+    scalars, rows = evaluate.evaluate(this, evaluate.compile_evaluate(this, 3), state, 3)
+    first, second, third = evaluate.training(this, 3)
+    drawn = [*evaluate.training(this, 2)]
+    for batch, again in zip((first, second), drawn, strict=True):
+        np.testing.assert_array_equal(batch["tokens"], again["tokens"])  # one seed, one stream
+    assert (first["tokens"] != second["tokens"]).any()
+
+    # Drawn from the training documents alone, which the held-out ones are not among.
+    texts = sorted((finished.workdir.parent / "text").glob("*.txt"))
+    seen = b"\n".join(text.read_bytes() for number, text in enumerate(texts) if number % 3)
+    piece = first["tokens"][0][first["segments"][0] == 1]
+    assert bytes(piece[piece < 256].astype(np.uint8)) in seen
+
+    @jax.jit
+    def log_probs(batch):
+        where = {"segments": batch["segments"], "positions": batch["positions"]}
+        logits, _ = this.model.bind(state["params"], state["router"])(batch["tokens"], **where)
+        return jax.nn.log_softmax(logits)
+
+    nats = targets = 0.0
+    for batch in (first, second, third):
+        logs = np.asarray(log_probs(batch), np.float64)
+        real = batch["segments"] > 0
+        picked = np.take_along_axis(logs, batch["targets"][..., None], -1)[..., 0]
+        nats, targets = nats - picked[real].sum(), targets + real.sum()
+    assert scalars["eval/loss"] == pytest.approx(nats / targets, rel=1e-5)
+    assert "eval/bits_per_byte" not in scalars
+    assert all(sum(row["load"]) == pytest.approx(1.0, rel=1e-6) for row in rows)
+
+    evaluate.print_evaluation(this, scalars, rows, 24, 3)
+    printed = capsys.readouterr().out
+    assert f"step 24: loss {scalars['eval/loss']:.4f} nats on 3 batches of training" in printed
+    assert "Routing on 3 batches of training, router" in printed
+
+
+def test_a_number_of_batches_below_zero_is_refused(finished, monkeypatch):
+    class Flags:
+        workdir, train_batches = str(finished.workdir), -1
+
+    monkeypatch.setattr(evaluate, "flags", types.SimpleNamespace(FLAGS=Flags))
+    with pytest.raises(ValueError, match="--train_batches=-1 is below zero; 0 means the held-out"):
+        evaluate.main([])

@@ -330,7 +330,7 @@ def refused(tree, workdir, error, words, monkeypatch):
         ({"mesh": {"fsdp": 3}}, "fsdp=3 .* does not multiply to the 8 devices at hand"),
         ({"mesh": {"tensor": 8}, "model": {"width": 12}}, r"mesh\.tensor=8 vs"),
         ({"moe": {"router": "eigne"}}, "router='eigne' is not known; choose one of whitened"),
-        ({"moe": {"routing": {"z_weight": 0.1}}}, "the router 'loss_free' does not read it"),
+        ({"moe": {"routing": {"z_weight": 0.1}}}, "the router 'whitened' does not read it"),
         ({"moe": {"router": "soft"}}, "top_k=2; set top_k to 4"),
         ({"moe": {"router": "expert_choice"}}, "choose another router, or set routing.acausal"),
         ({"optim": {"trainable": ("moe", "hed")}}, "optim.trainable names 'hed'.* embedding, "),
