@@ -15,7 +15,7 @@ DISPATCHERS = ("dense", "capacity", "dropless")
 EXCHANGES = ("auto", "all_to_all", "ragged_all_to_all", "all_gather")
 OVERFLOWS = ("exact", "drop")
 ACTIVATIONS = ("swiglu", "gelu")
-REMAT = ("none", "full", "dots")
+REMAT = ("none", "full", "dots", "exchange")
 DTYPES = ("float32", "bfloat16")
 SCORES = ("softmax", "sigmoid")
 SUBSPACES = ("tracked", "learned", "fixed")
@@ -218,8 +218,9 @@ class LMConfig:
         tie_head: whether the output head is the transposed token embedding.
         attention: "auto", "xla", "heads_first" (fast on CPU), "cudnn" (GPU, bfloat16) or "splash"
             (TPU).
-        remat: what is recomputed in the backward pass: "none", "full" (each block) or "dots"
-            (each block except its matrix products).
+        remat: what is recomputed in the backward pass: "none", "full" (each block), "dots" (each
+            block except its matrix products) or "exchange" (each block except its routing decisions
+            and what its exchanges brought), see `emoe_jax.remat`.
         loss_chunk: tokens whose logits the training loss holds at once.
         dtype: compute dtype of attention and experts; parameters stay float32.
         moe: the layers of experts.

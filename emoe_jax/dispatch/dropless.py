@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from emoe_jax.dispatch.base import Groups
 from emoe_jax.dispatch.rows import Layout, combine_rows, spread_rows
+from emoe_jax.remat import decided
 from emoe_jax.routers.base import ExpertChoice, Routing
 
 Array = jax.Array
@@ -25,7 +26,7 @@ def sort_by_expert(experts: Array, count: int) -> tuple[Array, Array, Array]:
         order [A] int32, so that experts[order] ascends; start [E] and size [E] of each expert's
         part of it, int32.
     """
-    order = jnp.argsort(experts, stable=True).astype(jnp.int32)
+    order = decided(jnp.argsort(experts, stable=True).astype(jnp.int32))
     chosen = experts[:, None] == jnp.arange(count, dtype=experts.dtype)[None, :]
     sizes = jnp.sum(chosen, axis=0, dtype=jnp.int32)
     return order, jnp.cumsum(sizes, dtype=jnp.int32) - sizes, sizes

@@ -34,6 +34,7 @@ from emoe_jax.dispatch.dense import dense_weights
 from emoe_jax.dispatch.dropless import NO_CHOICES, group_by_expert
 from emoe_jax.dispatch.rounds import Experts, Method, Weights, all_rounds, one_round
 from emoe_jax.dispatch.rows import combine_rows, spread_rows
+from emoe_jax.remat import decided, exchanged
 from emoe_jax.routers.base import ExpertChoice, Routing
 from emoe_jax.sharding import AXES, BATCH_AXES, RULES, batch_shards, spec
 
@@ -263,7 +264,7 @@ def _chunk(
     method = Method(way, way.room(experts.shape[0] * config.top_k, X, config.buffer_factor), apply)
     own = way.rounds(plan, method.room)
     # Agreed by all groups: collectives in loops of different lengths are not safe everywhere.
-    rounds = lax.pmax(own, AXES)
+    rounds = decided(lax.pmax(own, AXES))
     overflowed = (own > 1).astype(jnp.float32)
     inputs = (tokens, gates, weights)
     if config.on_overflow == "drop":
@@ -295,7 +296,8 @@ def _all_gather(
 ) -> Array:
     held = config.experts // lax.axis_size("expert")
     with jax.named_scope("exchange"):
-        everyone = [lax.all_gather(part, "expert", tiled=True) for part in (tokens, experts, gates)]
+        parts = tokens, experts, gates
+        everyone = [exchanged(lax.all_gather(part, "expert", tiled=True)) for part in parts]
     first = lax.axis_index("expert").astype(jnp.int32) * held
     here = everyone[1] - first
     here = jnp.where((here >= 0) & (here < held), here, held)

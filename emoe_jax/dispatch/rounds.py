@@ -18,6 +18,7 @@ from jax import lax
 from emoe_jax.dispatch import transport
 from emoe_jax.dispatch.dropless import group_by_expert
 from emoe_jax.dispatch.rows import collect_rows, combine_rows, no_gradient, spread_rows
+from emoe_jax.remat import exchanged
 
 Array = jax.Array
 Weights = dict[str, Array]
@@ -51,13 +52,13 @@ def one_round(
     with jax.named_scope("dispatch"):
         rows = spread_rows(tokens, move.leaving)
     with jax.named_scope("exchange"):
-        rows = move.there(rows)
+        rows = exchanged(move.there(rows))
     with jax.named_scope("experts"):
         layout, sizes = group_by_expert(move.arriving[:, None], plan.held)
         rows = method.apply(weights, spread_rows(rows, layout), sizes)
         rows = collect_rows(rows, layout)
     with jax.named_scope("return"):
-        rows = move.back(rows)
+        rows = exchanged(move.back(rows))
     with jax.named_scope("combine"):
         return combine_rows(rows, gates, move.leaving)
 

@@ -22,6 +22,7 @@ from jax import lax
 
 from emoe_jax.dispatch.dropless import ranks, sort_by_expert
 from emoe_jax.dispatch.rows import Layout, no_gradient
+from emoe_jax.remat import decided
 from emoe_jax.sharding import AXES
 
 Array = jax.Array
@@ -89,7 +90,7 @@ def sort_assignments(experts: Array, count: int) -> Sorted:
     """Sorts the assignments [T,K] of this device by expert and gathers everybody's counts."""
     order, _, sizes = sort_by_expert(experts.reshape(-1), count)
     position = ranks(order).reshape(experts.shape)
-    counts = lax.all_gather(sizes, AXIS)
+    counts = decided(lax.all_gather(sizes, AXIS))
     me = lax.axis_index(AXIS).astype(jnp.int32)
     return Sorted(order, position, experts, counts, me)
 

@@ -19,6 +19,7 @@ from emoe_jax.attention import Attention
 from emoe_jax.config import LMConfig, MoEConfig, ViTConfig, moe_layers
 from emoe_jax.layers import MLP, LayerNorm, RMSNorm
 from emoe_jax.moe import Aux, MoE
+from emoe_jax.remat import remat
 from emoe_jax.routers import router_class
 from emoe_jax.sharding import split_batch
 
@@ -261,7 +262,7 @@ class Stack(nnx.Module):
                     return step(nnx.merge(graph, state), carry, place, layer, given)
 
                 given = None if inputs is None else inputs[name]
-                carry, outputs[name] = _remat(run, self.remat)(states[name], carry, given)
+                carry, outputs[name] = remat(run, self.remat)(states[name], carry, given)
             return carry, outputs
 
         xs = (jnp.arange(self.repeats, dtype=jnp.int32), states, inputs)
@@ -352,11 +353,3 @@ def _stack_modules(modules: list[Block]) -> Block:
     split = [nnx.split(module) for module in modules]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[state for _, state in split])
     return nnx.merge(split[0][0], stacked)
-
-
-def _remat(function: Callable[..., Any], policy: str) -> Callable[..., Any]:
-    if policy == "none":
-        return function
-    if policy == "full":
-        return jax.checkpoint(function)
-    return jax.checkpoint(function, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)

@@ -14,6 +14,7 @@ from flax import nnx
 from jax import lax
 
 from emoe_jax.config import MoEConfig, require
+from emoe_jax.remat import decided
 from emoe_jax.sharding import on_rows
 
 Array = jax.Array
@@ -147,7 +148,7 @@ def select_top_k(scores: Array, k: int) -> Array:
 
     No gradient passes: the choice is piecewise constant.
     """
-    return top_k_of_rows(lax.stop_gradient(scores), k)[1]
+    return decided(top_k_of_rows(lax.stop_gradient(scores), k)[1])
 
 
 def top_k_of_rows(x: Array, k: int) -> tuple[Array, Array]:

@@ -77,7 +77,7 @@ def test_a_scanned_pattern_equals_the_same_pattern_listed():
     chex.assert_trees_all_equal(jnp.sum(aux["1"].stats["load"], axis=1), jnp.array([7.0, 7.0]))
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", "dots", "exchange"])
 def test_remat_changes_neither_values_nor_gradients(remat):
     plain, again = run(make_config(moe_every=2)), run(make_config(moe_every=2, remat=remat))
     chex.assert_trees_all_close(plain, again, rtol=1e-5, atol=1e-6)

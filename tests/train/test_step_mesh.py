@@ -72,7 +72,7 @@ def losses_of_one_device(accumulate, router):
     [
         ({"expert": 8}, 1, "full", "loss_free"),
         ({"expert": 8}, 4, "none", "switch"),
-        ({"data": 2, "fsdp": 2, "expert": 2}, 1, "none", "switch"),
+        ({"data": 2, "fsdp": 2, "expert": 2}, 1, "exchange", "switch"),
         ({"data": 2, "fsdp": 2, "expert": 2}, 4, "full", "loss_free"),
     ],
 )

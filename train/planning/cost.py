@@ -12,7 +12,7 @@ import math
 
 import jax.numpy as jnp
 
-from emoe_jax.config import LMConfig, moe_layers
+from emoe_jax.config import BASIS_ROUTERS, LMConfig, moe_layers
 from emoe_jax.dispatch.exchange import choose_exchange
 from train.config import ExperimentConfig
 from train.planning.memory import Sizes, Weights, sizes_of
@@ -174,7 +174,8 @@ def _skew(config: ExperimentConfig, mesh: dict[str, int], max_vio: float) -> flo
 def _again(config: ExperimentConfig, kept: bool) -> int:
     """Forward passes of a product in a step: a second where the backward pass lacks its result."""
     remat = config.model.remat
-    return 2 if remat == "full" or (remat == "dots" and not kept) else 1
+    again = {"none": False, "dots": not kept, "full": True, "exchange": True}
+    return 2 if again[remat] else 1
 
 
 def _products(config: ExperimentConfig, sizes: Sizes, skew: float) -> float:
@@ -195,13 +196,35 @@ def _products(config: ExperimentConfig, sizes: Sizes, skew: float) -> float:
             one = 2.0 * matrices * rows * D * model.moe.hidden / tp
             shared = 2.0 * matrices * t * D * model.moe.shared_hidden / tp
             total += one * (2 + _again(config, False)) + shared * (2 + _again(config, True))
-            total += 2.0 * t * D * model.moe.experts * (2 + _again(config, True))
+            total -= one / matrices if _returned_rows_kept(config, sizes) else 0.0
+            total += _router_products(config, t)
         else:
             dense = 2.0 * (3 if lm else 2) * t * D * model.mlp_hidden / tp
             total += dense * (2 + _again(config, True))
     if isinstance(model, LMConfig):
         total += 3 * 2.0 * t * D * model.vocab_size / tp
     return total * config.accumulate
+
+
+def _returned_rows_kept(config: ExperimentConfig, sizes: Sizes) -> bool:
+    """Whether what the experts' last product gave has travelled and is kept, so not made again."""
+    travels = sizes.shards["expert"] > 1 and choose_exchange(config.model.moe) != "all_gather"
+    return travels and config.model.remat == "exchange"
+
+
+def _router_products(config: ExperimentConfig, t: int) -> float:
+    """FLOPs of one layer's router for t tokens; what it does once a step is left out."""
+    model, moe = config.model, config.model.moe
+    D, E = model.width, moe.experts
+    forward = _again(config, True)
+    if moe.router not in BASIS_ROUTERS:
+        return 2.0 * t * D * E * (2 + forward)
+    R = moe.basis.rank_of(D)
+    subspace = "learned" if moe.router == "eigen" else moe.routing.subspace or "tracked"
+    # Projection and scores; of a basis that is no parameter no gradient is taken.
+    backward = R * (D * (1 + (subspace == "learned")) + 2 * E)
+    moments = 0 if moe.router == "eigen" else R * (R + D * (subspace == "tracked"))
+    return 2.0 * t * (R * (D + E) * forward + backward + moments)
 
 
 def _traffic(config: ExperimentConfig, sizes: Sizes, held: float, rounds: int) -> float:
@@ -225,13 +248,14 @@ def _traffic(config: ExperimentConfig, sizes: Sizes, held: float, rounds: int) -
 def _exchange(
     config: ExperimentConfig, sizes: Sizes, topology: Topology, rounds: int
 ) -> list[Flow]:
-    """What expert parallelism moves: rows there and back, forward, again with remat, backward."""
+    """What expert parallelism moves: rows there and back, forward, backward, and again by remat."""
     X, moe = sizes.shards["expert"], config.model.moe
     layers = sum(moe_layers(config.model))
     if X == 1 or not layers:
         return []
     c = jnp.dtype(config.model.dtype).itemsize
-    passes = 2 * (2 + (config.model.remat != "none")) * layers * config.accumulate * rounds
+    again = config.model.remat in ("full", "dots")
+    passes = 2 * (2 + again) * layers * config.accumulate * rounds
     name = choose_exchange(moe)
     mine = config.mesh
     if name == "all_gather":

@@ -36,7 +36,7 @@ class Scratch:
 
     Attributes:
         scores: float32 arrays [b,H,S,S] of attention that is not fused.
-        again: the same where the whole block is computed again ("full").
+        again: the same where the whole block is computed again ("full", "exchange").
         hidden: float32 arrays [t,D] beside them.
         rows: arrays [rows,D] in the compute dtype while experts are differentiated.
         inner: arrays [rows,F], likewise.
@@ -258,8 +258,9 @@ def kept_bytes(config: ExperimentConfig, sizes: Sizes) -> float:
     dim = model.head_dim or D // model.heads
     kv = (model.kv_heads or model.heads) if isinstance(model, LMConfig) else model.heads
     block = t * D * c  # the block's input
-    if model.remat == "full":
-        return block * sizes.layers
+    if model.remat in ("full", "exchange"):
+        kept = _decisions(config, sizes) if model.remat == "exchange" else 0.0
+        return block * sizes.layers + kept * sum(moe_layers(model))
     heads = t * (model.heads + 2 * kv) * dim * c / tp
     total = 0.0
     for experts in moe_layers(model):
@@ -279,6 +280,18 @@ def kept_bytes(config: ExperimentConfig, sizes: Sizes) -> float:
     return total
 
 
+def _decisions(config: ExperimentConfig, sizes: Sizes) -> float:
+    """What remat "exchange" keeps of one expert layer: choices, their orders, rows that came."""
+    chosen = 4.0 * sizes.tokens * config.model.moe.top_k
+    if sizes.shards["expert"] == 1:
+        return 2 * chosen
+    travelled = exchange_bytes(config, sizes)
+    if choose_exchange(config.model.moe) == "all_gather":
+        # Tokens of the whole group once, and their choices and gates.
+        return travelled / (2 * config.model.moe.top_k) + 2 * chosen + 8.0 * sizes.rows
+    return travelled + 2 * chosen + 4.0 * sizes.rows
+
+
 def _scores(config: ExperimentConfig, sizes: Sizes) -> float:
     """Bytes of one layer's attention scores in float32; none where the kernel is fused."""
     if config.model.attention in ("splash", "cudnn"):
@@ -296,7 +309,8 @@ def exchange_bytes(config: ExperimentConfig, sizes: Sizes) -> float:
 
 def _attention_scratch(config: ExperimentConfig, sizes: Sizes, scratch: Scratch) -> float:
     hidden = scratch.hidden * sizes.tokens * sizes.width * 4
-    alive = scratch.again if config.model.remat == "full" else scratch.scores
+    whole = config.model.remat in ("full", "exchange")
+    alive = scratch.again if whole else scratch.scores
     return alive * _scores(config, sizes) + hidden
 
 

@@ -14,11 +14,10 @@ def small(mesh=None, **changes):
     model = {"width": D, "depth": L, "heads": 4, "kv_heads": 2, "tie_head": False}
     tree = lm_tree(
         model=model | changes.pop("model", {}),
-        moe={"experts": E, "top_k": K, "hidden": F, "dispatch": "dropless"}
+        moe={"router": "loss_free", "experts": E, "top_k": K, "hidden": F, "dispatch": "dropless"}
         | changes.pop("moe", {}),
         data={"sequence_length": S},
-        batch=16,
-        **changes,
+        **({"batch": 16} | changes),
     )
     config = freeze(tree)
     return dataclasses.replace(config, mesh=MeshConfig(**(mesh or {})))

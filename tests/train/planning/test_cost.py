@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import pytest
 
+from emoe_jax.config import REMAT
 from tests.train.planning.shapes import D, F, K, L, N, S, small
 from train.collectives import collectives, received
 from train.planning.cost import PEAK, Rates, predict
@@ -43,7 +44,7 @@ def test_the_exchange_of_a_step():
     assert flow.count == 4 * L
 
 
-@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+@pytest.mark.parametrize("remat", REMAT)
 def test_the_formula_counts_what_the_traced_program_does(remat):
     """Products, and the exchange's bytes; without room to spare, no slot is empty."""
     config = small({"data": 2, "expert": 4}, model={"remat": remat}, moe={"buffer_factor": 1.0})
@@ -58,6 +59,28 @@ def test_the_formula_counts_what_the_traced_program_does(remat):
         if each.kind == "all_to_all" and not each.loops
     ]
     assert received(found) == flow.received
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize(
+    "moe",
+    [
+        {"router": "eigen", "basis": {"rank": 16}},
+        {"router": "whitened", "basis": {"rank": 16}},
+        {"router": "whitened", "basis": {"rank": 16}, "routing": {"subspace": "learned"}},
+        {"router": "whitened", "basis": {"rank": 16}, "routing": {"subspace": "fixed"}},
+    ],
+    ids=lambda moe: "-".join([moe["router"], *moe.get("routing", {}).values()]),
+)
+def test_the_formula_counts_a_token_of_an_eigenbasis_router(moe, remat):
+    """Of two batches the difference: what a step does once is the same in both."""
+    configs = [
+        planned(small({"data": 8}, moe=moe, model={"remat": remat}, batch=batch), "tpu", 8)
+        for batch in (16, 32)
+    ]
+    traced = [products(step_on(config, CPU).jaxpr).total for config in configs]
+    counted = [8 * cost_of(config).products for config in configs]
+    assert traced[1] - traced[0] == pytest.approx(counted[1] - counted[0], rel=1e-6)
 
 
 def test_imbalance_costs_products_and_rounds():

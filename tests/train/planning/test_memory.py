@@ -40,6 +40,8 @@ def test_optimizer_is_two_moments():
         ("full", L * 16 * S * D * 4),
         # The input, queries, keys and values, the map behind them, the router's scores.
         ("dots", L * 16 * S * 4 * (D + (HEADS + 2 * KV) * DIM + D + E)),
+        # The input, chosen experts and their order.
+        ("exchange", L * 16 * S * 4 * (D + K + K)),
     ],
 )
 def test_kept_activations(remat, expected):
