@@ -34,6 +34,7 @@ CASES = {
     "microbatches": {"mesh.fsdp": 2, "mesh.expert": 2, "accumulate": 2},
     "full": {"mesh.expert": 4, "model.remat": "full"},
     "none": {"mesh.expert": 4, "model.remat": "none"},
+    "exchange": {"mesh.expert": 4, "model.remat": "exchange"},
     "deep": {
         "mesh.fsdp": 4,
         "model.depth": 24,
