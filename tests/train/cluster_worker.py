@@ -63,7 +63,7 @@ def troubled(compile_train: Callable[..., Any]) -> Callable[..., Any]:
             call = next(calls)
             if call == 2:
                 router = state["router"]["blocks"]["groups"]["0"]["moe"]["router"]
-                router["bias"] = jax.jit(lambda bias: bias.at[0, 3].set(np.nan))(router["bias"])
+                router["offset"] = jax.jit(lambda b: b.at[0, 3].set(np.nan))(router["offset"])
             if call == 3 and not cluster.is_first():
                 time.sleep(3)
             return compiled(state, *rest)

@@ -127,7 +127,7 @@ def age(workdir):
     assert run["meta"]["data"].pop("shards") == 1
     assert run["meta"].pop("guard") == {"skipped": 0, "row": 0, "rollbacks": []}
     moe = run["meta"]["model"]["moe"]
-    moe["basis"] = {"rank": 128, "method": "qr", "companion": False}
+    moe["basis"] = {"rank": 16, "method": "qr", "companion": False}
     for name in ("offset", "subspace", "whitening"):
         del moe["routing"][name]
     (position,) = run["data_state"].values()

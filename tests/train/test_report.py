@@ -100,7 +100,6 @@ def test_the_program_writes_one_page_that_needs_nothing_else(
         "Language model of width 16 with 2 blocks, 2 of them with 4 experts each",
         "checkpoint of step 24 of 24",
         f"{finished.scalars['eval/bits_per_byte']:.4f}",
-        "Drift of the basis: the router loss_free logged none.",
         "-0.75, -0.25",
         "A held-out passage",
         "⟨begin⟩",
@@ -111,7 +110,7 @@ def test_the_program_writes_one_page_that_needs_nothing_else(
         assert name in page.text
     drawn = {file.stem for file in (workdir / "report").glob("*.png")}
     assert drawn >= {"balance", "heldout_load", "learning", "load_over_training"}
-    assert drawn >= {"similarity", "spectra", "token_kinds"}
+    assert drawn >= {"basis", "similarity", "spectra", "token_kinds"}
     assert page.tags.count("figure") == len(drawn)
     assert "report: " in capsys.readouterr().out
 
