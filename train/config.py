@@ -149,7 +149,7 @@ class ExperimentConfig:
         calibrate: batches, drawn for this alone, that pass forward before the first step, so that
             routers with running statistics begin with some.
         settle: batches, likewise, that pass forward after the last step, so that these statistics
-            and the routers' offsets come to rest; -1 is a tenth of the steps, at most 100.
+            and the routers' offsets come to rest; -1 is a tenth of the steps, at most 300.
         log_every: steps between lines of metrics.
         eval_every: steps between evaluations on held-out data; the last step always has one.
         profile: steps of which an xprof trace is written, 0 for none.
@@ -213,7 +213,7 @@ class ExperimentConfig:
     @property
     def settling(self) -> int:
         """How many batches pass forward after the last step."""
-        return min(100, self.steps // 10) if self.settle == -1 else self.settle
+        return min(300, self.steps // 10) if self.settle == -1 else self.settle
 
 
 def experiment(task: str, **overrides: Any) -> config_dict.ConfigDict:

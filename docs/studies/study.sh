@@ -45,8 +45,8 @@ routers=whitened,softmax_offset,loss_free,switch,softmax,eigen
 # whitened with one part left out or its basis made smaller, at the option for which it was tuned. At
 # width 96 its own basis spans the whole space, and so does not move.
 controls=no_offset,no_whitening,fixed_rank_E,rank_E,rank_2E
-# Other gates: what the cost of a swap owes to them.
-controls=loss_free_softmax,$controls,renormalized,sigmoid,softmax_offset_sigmoid
+# Other gates: what the cost of a swap owes to them. More settling: what noise of batches is left.
+controls=loss_free_softmax,$controls,renormalized,sigmoid,softmax_offset_sigmoid,settle_300
 e32=(--config.moe.experts=32 --config.moe.top_k=2 --config.moe.hidden=96)
 e8=(--config.moe.experts=8 --config.moe.top_k=1 --config.moe.hidden=192)
 

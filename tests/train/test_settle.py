@@ -70,8 +70,8 @@ def test_a_negative_number_is_refused():
         freeze(lm_tree(settle=-2))
 
 
-def test_settling_follows_the_steps_up_to_a_hundred():
-    steps = {9: 0, 10: 1, 400: 40, 5000: 100}
+def test_settling_follows_the_steps_up_to_three_hundred():
+    steps = {9: 0, 10: 1, 400: 40, 5000: 300}
     assert {n: freeze(lm_tree(steps=n)).settling for n in steps} == steps
     assert freeze(lm_tree(steps=9, settle=7)).settling == 7
 
