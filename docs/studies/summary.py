@@ -1,7 +1,7 @@
-"""Tables and bars of docs/routing.md: python -m docs.studies.summary FOLDER/CELL.json...
+"""Tables of docs/routing.md and docs/studies: python -m docs.studies.summary FOLDER/CELL.json...
 
-Prints, for each file that `docs/studies/study.sh` wrote, a table of all variants and what becomes
-of each bar that `whitened` is measured by. Differences are to `whitened`, seed by seed, with
+Prints what becomes of each bar that `whitened` is measured by in files that `docs/studies/study.sh`
+wrote, and for each file a table of all variants. Differences are to `whitened`, seed by seed, with
 Student's 95 % intervals. A bar is met by the mean over seeds unless it names an interval.
 """
 
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import pathlib
 import sys
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from train.comparison import compare
 from train.outcome import read_results
@@ -86,14 +87,22 @@ def in_percent(table: Table, name: str) -> str:
     return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}] %"
 
 
-def bars(table: Table) -> list[str]:
-    """What becomes of the bars, a line each; the control has a line of its own."""
+class Bar(NamedTuple):
+    """A bar, what was measured, and whether it is met; the control has none."""
+
+    what: str
+    measured: str
+    met: bool | None = None
+
+
+def bars(table: Table) -> list[Bar]:
+    """What becomes of the bars."""
 
     def value(name: str, metric: str) -> float:
         return float(table[name, metric]["mean"])
 
-    def met(good: bool) -> str:
-        return "met" if good else "MISSED"
+    def names(which: list[str]) -> str:
+        return ", ".join(f"not of {name}" for name in which) or "all"
 
     rivals = [name for name in RIVALS if (name, "loss") in table]
     best = min(rivals, key=lambda name: value(name, "loss"))
@@ -103,26 +112,68 @@ def bars(table: Table) -> list[str]:
     drops = [100 * value(OURS, name) for name in ("batch_drop_at_capacity", "drop_at_capacity")]
     alike = [name for name in rivals if value(name, "similarity") <= value(OURS, "similarity")]
     swap = [name for name in rivals if value(name, "swap_cost") >= value(OURS, "swap_cost")]
-    control = [f"{in_percent(table, CONTROL)}"] if (CONTROL, "loss") in table else []
-    return [
-        f"- MaxVio held out {vio:.3f} (0.05), worst layer {worst:.3f} (0.15): "
-        f"{met(vio <= 0.05 and worst <= 0.15)}",
-        f"- dead experts at an evaluation: {met(value(OURS, 'dead') == 0)}",
-        f"- MaxVio of batches less that of loss_free {mean:+.3f} [{low:+.3f}, {high:+.3f}] (0): "
-        f"{met(mean <= 0)}",
-        f"- loss less that of {best}, the best rival: {in_percent(table, best)} (upper end 1): "
-        f"{met(share[2] <= 1)}",
-        *(f"- loss less that of {CONTROL}, the control: {line}" for line in control),
-        f"- similarity of outputs below each rival's: {met(not alike)} {', '.join(alike)}".rstrip(),
-        f"- swap cost above each rival's: {met(not swap)} {', '.join(swap)}".rstrip(),
-        f"- beyond capacity 1.25: {drops[0]:.2f} % in batches, {drops[1]:.2f} % held out (0.1): "
-        f"{met(max(drops) <= 0.1)}",
+    dead = value(OURS, "dead")
+    found = [
+        Bar(
+            "MaxVio held out, worst layer (0.05, 0.15)",
+            f"{vio:.3f}, {worst:.3f}",
+            vio <= 0.05 and worst <= 0.15,
+        ),
+        Bar("dead experts at an evaluation (0)", f"{dead:.1f}", dead == 0),
+        Bar(
+            "MaxVio of batches less that of loss_free (0)",
+            f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]",
+            mean <= 0,
+        ),
+        Bar(
+            "loss less the best rival's (upper end 1 %)",
+            f"{in_percent(table, best)}, {best}",
+            share[2] <= 1,
+        ),
+        Bar("similarity below each rival's", names(alike), not alike),
+        Bar("swap cost above each rival's", names(swap), not swap),
+        Bar(
+            "beyond capacity 1.25 in batches, held out (0.1 %)",
+            f"{drops[0]:.2f}, {drops[1]:.2f} %",
+            max(drops) <= 0.1,
+        ),
     ]
+    if (CONTROL, "loss") in table:
+        found.insert(0, Bar(f"loss less that of {CONTROL}", in_percent(table, CONTROL)))
+    return found
+
+
+def verdict(bar: Bar) -> str:
+    """A line of a list."""
+    ends = {None: "", True: ": met", False: ": MISSED"}
+    return f"- {bar.what}: {bar.measured}{ends[bar.met]}"
+
+
+def overview(cells: Mapping[str, Table]) -> list[str]:
+    """The bars of all cells in one table in Markdown, a column a cell; what is missed is bold."""
+    found = {cell: {bar.what: bar for bar in bars(table)} for cell, table in cells.items()}
+    whats = list(dict.fromkeys(what for each in found.values() for what in each))
+
+    def shown(bar: Bar | None) -> str:
+        if bar is None:
+            return ""
+        return f"**{bar.measured}**" if bar.met is False else bar.measured
+
+    seeds = [str(table[OURS, "loss"]["runs"]) for table in cells.values()]
+    rows = [["bar", *cells], ["---"] * (1 + len(cells)), ["seeds", *seeds]]
+    rows += [[what, *(shown(found[cell].get(what)) for cell in cells)] for what in whats]
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def main(paths: Sequence[str]) -> None:
+    """Prints the overview, and each cell."""
+    cells = {pathlib.Path(path).stem: read(path) for path in paths}
+    print(*overview(cells), sep="\n")
+    for cell, table in cells.items():
+        print("", f"### {cell}", "", *lines(table), "", *map(verdict, bars(table)), sep="\n")
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit(__doc__)
-    for path in sys.argv[1:]:
-        study = read(path)
-        print(f"### {pathlib.Path(path).stem}", "", *lines(study), "", *bars(study), "", sep="\n")
+    main(sys.argv[1:])

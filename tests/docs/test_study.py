@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from docs.studies.summary import bars, lines, read
+from docs.studies.summary import bars, lines, overview, read, verdict
 from tests.train.test_outcome import ROW
 from tests.train.tiny import lm_tree
 from train.config import to_json
@@ -117,11 +117,12 @@ def test_the_bars_are_those_of_the_page(tmp_path):
         "softmax_offset": [0.9, 1.2],
     }
     table = read(results(tmp_path, losses))
-    told = bars(table)
+    told = [verdict(bar) for bar in bars(table)]
     assert all("MISSED" not in line for line in told)
-    # -0.1 in both seeds, of 1.15; the control's -0.1 and 0.1 make no difference.
-    assert "- loss less that of loss_free, the best rival: -8.70 [-8.70, -8.70] %" in told[3]
-    assert "softmax_offset, the control: +0.00 [-121.01, +121.01] %" in told[4]
+    # The control's -0.1 and 0.1 make no difference; -0.1 in both seeds, of 1.15.
+    assert told[0] == "- loss less that of softmax_offset: +0.00 [-121.01, +121.01] %"
+    best = "-8.70 [-8.70, -8.70] %, loss_free: met"
+    assert told[4] == f"- loss less the best rival's (upper end 1 %): {best}"
     row = next(line for line in lines(table) if line.startswith("| `switch`"))
     assert row.startswith("| `switch` | 2 | 1.3500 | +0.3000 [+0.3000, +0.3000] |")
 
@@ -129,15 +130,28 @@ def test_the_bars_are_those_of_the_page(tmp_path):
 @pytest.mark.parametrize(
     ("metrics", "line"),
     [({"max_vio": 0.051}, 0), ({"max_vio_worst": 0.16}, 0), ({"dead": 1.0}, 1)]
-    + [({"drop_at_capacity": 0.002}, 7), ({"batch_drop_at_capacity": 0.002}, 7)],
+    + [({"drop_at_capacity": 0.002}, 6), ({"batch_drop_at_capacity": 0.002}, 6)],
 )
 def test_a_bar_that_is_missed_says_so(tmp_path, metrics, line):
-    told = bars(read(results(tmp_path, {"whitened": [1, 2], "loss_free": [1, 2]}, **metrics)))
-    missed = [number for number, text in enumerate(told) if "MISSED" in text]
-    # Without the control's line there is one less.
-    assert missed == [line - (line > 4)]
+    found = bars(read(results(tmp_path, {"whitened": [1, 2], "loss_free": [1, 2]}, **metrics)))
+    assert [number for number, bar in enumerate(found) if not bar.met] == [line]
+    assert verdict(found[line]).endswith(": MISSED")
 
 
 def test_a_loss_that_might_be_worse_misses_its_bar(tmp_path):
     losses = {"whitened": [1.0, 1.3], "loss_free": [1.1, 1.2]}
-    assert "MISSED" in bars(read(results(tmp_path, losses)))[3]
+    assert not bars(read(results(tmp_path, losses)))[3].met
+
+
+def test_the_overview_has_a_column_a_cell_and_marks_what_is_missed(tmp_path):
+    (tmp_path / "a").mkdir()
+    fine = read(results(tmp_path / "a", {"whitened": [1, 2], "loss_free": [1, 2]}))
+    uneven = {"whitened": [1, 2], "loss_free": [1, 2], "softmax_offset": [2, 3]}
+    told = overview({"a": fine, "b": read(results(tmp_path, uneven, max_vio=0.25))})
+    assert told[0] == "| bar | a | b |"
+    assert told[2] == "| seeds | 2 | 2 |"
+    rows = {cells[1].strip(): cells[2:4] for cells in (line.split("|") for line in told)}
+    vio = [cell.strip() for cell in rows["MaxVio held out, worst layer (0.05, 0.15)"]]
+    assert vio == ["0.000, 0.000", "**0.250, 0.000**"]
+    control = [cell.strip() for cell in rows["loss less that of softmax_offset"]]
+    assert control == ["", "-40.00 [-40.00, -40.00] %"]
