@@ -1,8 +1,9 @@
 """What the backward pass keeps of a block, and what it computes again.
 
-Two things of an expert layer are dear to have again and small to keep: what was decided (which
-experts, in which order) and what has travelled (rows of an exchange, there and back). They bear
-checkpoint names, whatever the policy; "exchange" keeps them and nothing else but a block's input.
+Two things of an expert layer are dear to have again: what was decided (which experts, in which
+order), and what has travelled (rows of an exchange, there and back). They bear checkpoint names,
+whatever the policy; "exchange" keeps them and nothing else but a block's input. Further rounds, of
+an exchange that overflows, keep nothing by any policy, "none" included (see `dispatch.rounds`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ EXCHANGED = "exchanged_rows"
 
 
 def decided(integers: Array) -> Array:
-    """Names what a router, or the sorting of its choices, has decided."""
+    """Names what a router, or the sorting of its choices, has decided.
+
+    The choices of experts ("expert_choice") carry gradients in their values, and are made again.
+    """
     return checkpoint_name(integers, DECIDED)
 
 
@@ -38,8 +42,9 @@ def remat(function: Callable[..., Any], policy: str) -> Callable[..., Any]:
     Args:
         function: of a block.
         policy: "none": all is kept. "full": nothing but the inputs. "dots": besides them the
-            results of matrix products, but for the experts' grouped ones. "exchange": besides them
-            what is named here. "full" and "dots" route and exchange a second time.
+            results of matrix products, but not of batched ones (attention's) and grouped ones (the
+            experts'). "exchange": besides them what is named here. "full" and "dots" route and
+            exchange a second time.
     """
     if policy == "none":
         return function

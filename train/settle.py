@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import jax
 import numpy as np
 
 from emoe_jax.routers import router_class
-from train import cluster
+from train import cluster, notice
 from train.data.shards import derive_seed
 from train.run import Run
 
 Tree = Any
+
+LOGGER = logging.getLogger(__name__)
 
 CALIBRATION, SETTLING = 0xCA11, 0x5E77
 """What tells the seeds of the batches before and after training from that of training's."""
@@ -51,7 +54,10 @@ def calibrate(run: Run, forward: Any, state: Tree) -> Tree:
 
 
 def settle(run: Run, forward: Any, state: Tree) -> Tree:
-    """The state whose routers have come to rest: weights no longer move, so noise averages out."""
+    """The state whose routers have come to rest: weights no longer move, so noise averages out.
+
+    A run that is asked to end stops early: what there is then is the mean over fewer batches.
+    """
     return _pass_forward(run, forward, state, SETTLING, 2.0 + np.arange(run.config.settling))
 
 
@@ -63,6 +69,9 @@ def _pass_forward(run: Run, forward: Any, state: Tree, purpose: int, progress: n
     seed = derive_seed(config.seed, purpose)
     batches = run.data.train_iterator(config.batch, seed=seed, rows=run.rows(config.batch))
     for number, share in enumerate(progress):
+        if notice.requested():
+            LOGGER.warning("asked to end: %d of %d settling batches", number, len(progress))
+            break
         batch = run.to_devices(next(batches), config.batch)
         given = state["params"], state["router"], batch, jax.random.fold_in(run.key(), number)
         state = state | {"router": forward(*given, np.float32(share))}

@@ -26,7 +26,9 @@ def sort_by_expert(experts: Array, count: int) -> tuple[Array, Array, Array]:
         order [A] int32, so that experts[order] ascends; start [E] and size [E] of each expert's
         part of it, int32.
     """
-    order = decided(jnp.argsort(experts, stable=True).astype(jnp.int32))
+    order = jnp.argsort(experts, stable=True).astype(jnp.int32)
+    # Inside `shard_map` JAX types the order as the same on all devices; what is added is not.
+    order = decided(order + (experts - experts))
     chosen = experts[:, None] == jnp.arange(count, dtype=experts.dtype)[None, :]
     sizes = jnp.sum(chosen, axis=0, dtype=jnp.int32)
     return order, jnp.cumsum(sizes, dtype=jnp.int32) - sizes, sizes

@@ -18,7 +18,7 @@ from jax import lax
 from emoe_jax.dispatch import transport
 from emoe_jax.dispatch.dropless import group_by_expert
 from emoe_jax.dispatch.rows import collect_rows, combine_rows, no_gradient, spread_rows
-from emoe_jax.remat import exchanged
+from emoe_jax.remat import decided, exchanged
 
 Array = jax.Array
 Weights = dict[str, Array]
@@ -54,7 +54,7 @@ def one_round(
     with jax.named_scope("exchange"):
         rows = exchanged(move.there(rows))
     with jax.named_scope("experts"):
-        layout, sizes = group_by_expert(move.arriving[:, None], plan.held)
+        layout, sizes = group_by_expert(decided(move.arriving)[:, None], plan.held)
         rows = method.apply(weights, spread_rows(rows, layout), sizes)
         rows = collect_rows(rows, layout)
     with jax.named_scope("return"):

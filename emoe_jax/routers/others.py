@@ -18,6 +18,7 @@ from emoe_jax.routers.base import (
     linear,
     make_routing,
     router_options,
+    select_top_k,
     top_k_of_rows,
 )
 from emoe_jax.routers.softmax import init_kernel
@@ -146,7 +147,7 @@ class RandomRouter(Router):
         rows = jnp.arange(B, dtype=jnp.int32) if context.rows is None else context.rows
         keys = jax.vmap(jax.random.fold_in, (None, 0))(context.key, rows)
         draws = jax.vmap(lambda key: jax.random.uniform(key, (S, self.experts)))(keys)
-        _, indices = top_k_of_rows(draws.reshape(B * S, self.experts), self.top_k)
+        indices = select_top_k(draws.reshape(B * S, self.experts), self.top_k)
         weights = jnp.full(indices.shape, 1.0 / self.top_k, jnp.float32)
         probs = jnp.full((B * S, self.experts), 1.0 / self.experts, jnp.float32)
         return make_routing(indices, weights, probs, context.mask)

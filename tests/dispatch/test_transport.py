@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
 from emoe_jax.dispatch import transport
+from emoe_jax.dispatch.dropless import sort_by_expert
 from emoe_jax.sharding import AXES, BATCH_AXES, MeshConfig, make_mesh
 
 X, E, T, K = 4, 8, 5, 2
@@ -37,6 +38,19 @@ def on_devices(body):
 
     jitted = jax.jit(run)
     return lambda turn, *arrays: jax.device_get(jitted(jnp.int32(turn), *arrays))
+
+
+def test_an_order_is_typed_as_differing_by_device():
+    """What the backward pass keeps of it leaves `shard_map` by this type."""
+
+    def body(turn, experts):
+        order, _, _ = sort_by_expert(experts.reshape(-1), E)
+        assert "expert" in jax.typeof(order).vma
+        return order
+
+    experts = np.arange(X * T * K, dtype=np.int32).reshape(X, T, K) % E
+    orders = on_devices(body)(0, experts)
+    np.testing.assert_array_equal(orders, np.argsort(experts.reshape(X, -1), kind="stable"))
 
 
 # --- windows --------------------------------------------------------------------------------------

@@ -223,3 +223,27 @@ def test_a_number_of_batches_below_zero_is_refused(finished, monkeypatch):
     monkeypatch.setattr(evaluate, "flags", types.SimpleNamespace(FLAGS=Flags))
     with pytest.raises(ValueError, match="--train_batches=-1 is below zero; 0 means the held-out"):
         evaluate.main([])
+
+
+def test_training_batches_of_images_have_a_loss_and_no_accuracy(tmp_path, one_device):
+    """Labels may be mixed, and then nothing is right or wrong."""
+    train(vit_tree(batch=8, steps=2, eval_every=2, data={"mixup": 0.5}), tmp_path)
+    this, state, _ = run.load_trained(tmp_path, {})
+    scalars, rows = evaluate.evaluate(this, evaluate.compile_evaluate(this, 2), state, 2)
+    assert "eval/accuracy" not in scalars
+    batches = list(evaluate.training(this, 2))
+
+    def loss(batch):
+        logits, _ = this.model.bind(state["params"], state["router"])(batch["images"])
+        return -(jax.nn.log_softmax(logits) * batch["labels"]).sum()
+
+    expected = sum(float(loss(batch)) for batch in batches) / 16
+    assert scalars["eval/loss"] == pytest.approx(expected, rel=1e-5)
+    assert len(rows) == 1
+
+
+def test_rows_that_the_shards_of_the_data_do_not_divide_are_refused(finished, one_device):
+    this, _, _ = run.load_trained(finished.workdir, {"accumulate": 4, "data.shards": 4})
+    words = r"2 rows \(batch=8 over accumulate=4\), which data.shards=4 .*--override=accumulate=1"
+    with pytest.raises(ValueError, match=words):
+        next(evaluate.training(this, 1))

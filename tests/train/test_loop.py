@@ -146,6 +146,15 @@ def test_a_rank_that_is_whatever_fits_is_the_number_it_comes_to():
     assert same[0]["model"]["moe"]["basis"]["rank"] == 16
 
 
+def test_without_experts_their_options_are_no_part_of_a_run():
+    dense, other = (
+        identity(freeze(lm_tree(model={"moe_every": 0}, moe={"router": router})))
+        for router in ("loss_free", "whitened")
+    )
+    assert dense == other
+    assert "moe" in identity(freeze(lm_tree()))["model"]
+
+
 def fill_disk(patch, at):
     """Lets orbax find no space at a step; tells whether logs that are closed have closed files."""
     save, close, closed = Checkpoints.save, RunLog.close, []

@@ -95,6 +95,14 @@ def test_settling_moves_the_routers_state_and_nothing_else(tmp_path, one_device)
     chex.assert_trees_all_equal(unmoved, {name: kept[name] for name in unmoved})
 
 
+def test_settling_ends_early_when_the_run_is_asked_to_end(tmp_path, one_device, monkeypatch):
+    run, forward, state = begun(tmp_path, moe=WHITENED, calibrate=0, settle=3)
+    asked = iter([False, False, True])
+    monkeypatch.setattr(settle.notice, "requested", lambda: next(asked))
+    router = router_of(jax.device_get(settle.settle(run, forward, state)))
+    assert router["updates"].tolist() == [2.0, 2.0]
+
+
 @pytest.mark.parametrize(
     ("changes", "resumed"),
     [

@@ -196,7 +196,9 @@ def _products(config: ExperimentConfig, sizes: Sizes, skew: float) -> float:
             one = 2.0 * matrices * rows * D * model.moe.hidden / tp
             shared = 2.0 * matrices * t * D * model.moe.shared_hidden / tp
             total += one * (2 + _again(config, False)) + shared * (2 + _again(config, True))
-            total -= one / matrices if _returned_rows_kept(config, sizes) else 0.0
+            if _returned_rows_kept(config, sizes):
+                # Those of the first round; further rounds keep nothing.
+                total -= one / matrices * min(1.0, model.moe.buffer_factor / skew)
             total += _router_products(config, t)
         else:
             dense = 2.0 * (3 if lm else 2) * t * D * model.mlp_hidden / tp
@@ -241,7 +243,7 @@ def _traffic(config: ExperimentConfig, sizes: Sizes, held: float, rounds: int) -
     if model.attention not in ("splash", "cudnn"):
         one = 4.0 * sizes.sequences * model.heads / tp * sizes.length**2
         scores = SCORE_PASSES * one * sizes.layers
-    rows = ROW_PASSES * sizes.rows * rounds * D * c * sum(moe_layers(model))
+    rows = ROW_PASSES * sizes.rows * sizes.chunks * rounds * D * c * sum(moe_layers(model))
     return optimizer + (weights + hidden + scores + rows) * config.accumulate
 
 
@@ -255,7 +257,9 @@ def _exchange(
         return []
     c = jnp.dtype(config.model.dtype).itemsize
     again = config.model.remat in ("full", "dots")
-    passes = 2 * (2 + again) * layers * config.accumulate * rounds
+    # A further round moves rows forward, and forward and backward in the backward pass.
+    turns = 2 * (2 + again) + 6 * (rounds - 1)
+    passes = turns * layers * config.accumulate * sizes.chunks
     name = choose_exchange(moe)
     mine = config.mesh
     if name == "all_gather":

@@ -64,7 +64,9 @@ class Sizes:
         tokens: t, of one microbatch.
         sequences: b, likewise.
         length: S.
-        rows: that the experts of a device take in one round, slots that stay empty included.
+        rows: that the experts of a device take in one round of one chunk, slots that stay empty
+            included.
+        chunks: into which the exchange of a device's tokens is cut; 1 where there is none.
         width: D.
         layers: L.
         shards: sizes of the mesh axes.
@@ -74,6 +76,7 @@ class Sizes:
     sequences: int
     length: int
     rows: int
+    chunks: int
     width: int
     layers: int
     shards: Mapping[str, int]
@@ -92,6 +95,7 @@ def sizes_of(config: ExperimentConfig, mesh: Mapping[str, int]) -> Sizes:
         sequences=b,
         length=length,
         rows=rows_here(config, assignments, mesh["expert"]),
+        chunks=model.moe.exchange_chunks if mesh["expert"] > 1 else 1,
         width=model.width,
         layers=model.depth,
         shards=dict(mesh),
@@ -151,6 +155,7 @@ class Weights:
     Attributes:
         parts: "experts", "blocks" (all else in them), "vocabulary" (embedding and head) and "rest",
             each as bytes in float32 by the mesh axes that split them.
+        state: bytes of the routers' running state, which every device holds whole.
         count: of all numbers.
         active: that one token passes, see `train.flops`.
         per_unit: model FLOPs of a token or an image, see `train.flops`.
@@ -158,6 +163,7 @@ class Weights:
     """
 
     parts: Mapping[str, Mapping[tuple[str, ...], float]]
+    state: float
     count: int
     active: int
     per_unit: float
@@ -179,7 +185,7 @@ def weigh(config: ExperimentConfig) -> Weights:
 
 @functools.lru_cache(maxsize=16)
 def _weigh(model: LMConfig | ViTConfig, length: int) -> Weights:
-    _, params, _ = pure.abstract_split(model_maker(model, 0))
+    _, params, router = pure.abstract_split(model_maker(model, 0))
     parts: dict[str, dict[tuple[str, ...], float]] = {
         name: {} for name in ("experts", "blocks", "vocabulary", "rest")
     }
@@ -194,6 +200,7 @@ def _weigh(model: LMConfig | ViTConfig, length: int) -> Weights:
         part[axes] = part.get(axes, 0.0) + float(math.prod(leaf.shape) * leaf.dtype.itemsize)
     return Weights(
         parts=parts,
+        state=float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(router))),
         count=sum(leaf.size for leaf in jax.tree.leaves(params)),
         active=active_parameters(model, params),
         per_unit=flops_per_unit(model, params, length),
@@ -241,7 +248,7 @@ def predict(
     return Memory(
         parameters=held,
         optimizer=2 * held,
-        other=batch,
+        other=batch + weights.state,
         activations=kept,
         gradients=_gradient_bytes(config, weights, mesh, scratch),
         exchange=buffers,
@@ -276,7 +283,7 @@ def kept_bytes(config: ExperimentConfig, sizes: Sizes) -> float:
             total += 3 * heads + _scores(config, sizes) * 1.5 + 6 * t * D * c
             if experts:
                 F = model.moe.hidden / tp
-                total += sizes.rows * (4 * D + 3 * F) * c
+                total += sizes.rows * sizes.chunks * (4 * D + 3 * F) * c
     return total
 
 
@@ -285,11 +292,12 @@ def _decisions(config: ExperimentConfig, sizes: Sizes) -> float:
     chosen = 4.0 * sizes.tokens * config.model.moe.top_k
     if sizes.shards["expert"] == 1:
         return 2 * chosen
-    travelled = exchange_bytes(config, sizes)
+    rows = sizes.rows * sizes.chunks
     if choose_exchange(config.model.moe) == "all_gather":
-        # Tokens of the whole group once, and their choices and gates.
-        return travelled / (2 * config.model.moe.top_k) + 2 * chosen + 8.0 * sizes.rows
-    return travelled + 2 * chosen + 4.0 * sizes.rows
+        # Tokens of the whole group once, and their choices, gates and order.
+        size = jnp.dtype(config.model.dtype).itemsize
+        return chosen + rows * (sizes.width * size / config.model.moe.top_k + 12.0)
+    return exchange_bytes(config, sizes) * sizes.chunks + 2 * chosen + 4.0 * rows
 
 
 def _scores(config: ExperimentConfig, sizes: Sizes) -> float:

@@ -31,7 +31,8 @@ def test_what_may_split_the_model():
 def test_optimizer_is_two_moments():
     memory = predict(small(), weigh(small()), ONE)
     assert memory.optimizer == 2 * memory.parameters
-    assert memory.arguments == 3 * memory.parameters + 4 * 4 * 16 * S
+    bias = L * E * 4  # of the router, which is loss_free
+    assert memory.arguments == 3 * memory.parameters + 4 * 4 * 16 * S + bias
 
 
 @pytest.mark.parametrize(
