@@ -42,15 +42,19 @@ def on_devices(body):
 
 def test_an_order_is_typed_as_differing_by_device():
     """What the backward pass keeps of it leaves `shard_map` by this type."""
+    mesh = make_mesh(MeshConfig(data=1, expert=X), jax.devices()[:X])
+    rows = PartitionSpec(BATCH_AXES)
 
-    def body(turn, experts):
-        order, _, _ = sort_by_expert(experts.reshape(-1), E)
-        assert "expert" in jax.typeof(order).vma
-        return order
+    def order(out):
+        return jax.shard_map(
+            lambda experts: sort_by_expert(experts, E)[0], mesh=mesh, in_specs=rows, out_specs=out
+        )
 
-    experts = np.arange(X * T * K, dtype=np.int32).reshape(X, T, K) % E
-    orders = on_devices(body)(0, experts)
-    np.testing.assert_array_equal(orders, np.argsort(experts.reshape(X, -1), kind="stable"))
+    experts = np.arange(X * A, dtype=np.int32)[::-1] % E
+    expected = np.argsort(experts.reshape(X, A), axis=1, kind="stable").reshape(-1)
+    np.testing.assert_array_equal(jax.jit(order(rows))(experts), expected)
+    with pytest.raises(ValueError, match="out_specs"):
+        jax.eval_shape(order(PartitionSpec()), experts)
 
 
 # --- windows --------------------------------------------------------------------------------------
