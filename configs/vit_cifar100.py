@@ -2,7 +2,8 @@
 
 Data: tensorflow-datasets `cifar100`, prepared once where there is a network (extra `tfds`):
 `tfds build cifar100 --file_format=array_record`.
-Hardware: one GPU. Time and result: not run.
+Hardware: one GPU. Time and result: not run; its router, the default, is measured on small images
+alone.
 
     python -m train --config=configs/vit_cifar100.py --workdir=runs/vit_cifar100
 """
