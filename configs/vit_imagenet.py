@@ -1,8 +1,8 @@
 """Vision Transformer (S/16) with experts on ImageNet-1k, from scratch.
 
 Data: tensorflow-datasets `imagenet2012`, whose archives have to be fetched by hand; see its page.
-Hardware: a TPU v5e-64 or eight GPUs. Time and result: not run; its router, the default, is measured on
-small images alone.
+Hardware: a TPU v5e-64 or eight GPUs. Time and result: not run; its router, the default, is measured
+on small images alone.
 
     python -m train --config=configs/vit_imagenet.py --workdir=runs/vit_imagenet
 """
