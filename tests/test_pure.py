@@ -60,7 +60,7 @@ def test_trees_are_plain_dicts_with_string_keys():
         assert "State" not in str(containers)
     assert list(router) == ["blocks"]
     # One place in the period, two repeats, two experts.
-    chex.assert_shape(router["blocks"]["groups"]["0"]["moe"]["router"]["bias"], (2, 2))
+    chex.assert_shape(router["blocks"]["groups"]["0"]["moe"]["router"]["offset"], (2, 2))
     assert set(params) == {"embedding", "blocks", "norm"}
     assert set(params["blocks"]["groups"]) == {"0"}
 
@@ -72,7 +72,7 @@ def test_bound_values_are_the_given_ones():
     router = jax.tree.map(lambda x: x + 3.0, router)
     bound = split.bind(marked, router)
     assert float(bound.embedding[...][0, 0]) == 7.0
-    assert np.all(bound.blocks.groups[0].moe.router.bias[...] == 3.0)
+    assert np.all(bound.blocks.groups[0].moe.router.offset[...] == 3.0)
 
 
 def test_the_abstract_split_matches_the_built_model_and_holds_nothing():
