@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
         eval_every=20,
         prompt="My fellow ",
         model={"width": 32, "depth": 2, "heads": 2, "kv_heads": 1, "loss_chunk": 256},
-        moe={"experts": 4, "top_k": 2, "hidden": 32},
+        moe={"router": "softmax_offset", "experts": 4, "top_k": 2, "hidden": 32},
         data={"tokenizer": "bytes", "vocab_size": 258, "sequence_length": 64},
         optim={"learning_rate": 1e-2, "warmup": 2},
         checkpoint={"every": 10},

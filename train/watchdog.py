@@ -76,9 +76,10 @@ class Watchdog:
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
         self._file.close()
-        if not self._path.stat().st_size:
-            self._path.unlink()
-            with contextlib.suppress(OSError):  # another process has a file there
+        # Another process may have a file there; another run in this folder may have taken ours.
+        with contextlib.suppress(OSError):
+            if not self._path.stat().st_size:
+                self._path.unlink()
                 self._path.parent.rmdir()
 
     def see(self, step: int, result: Any) -> None:

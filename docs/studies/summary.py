@@ -7,6 +7,7 @@ Student's 95 % intervals. A bar is met by the mean over seeds unless it names an
 
 from __future__ import annotations
 
+import math
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -52,7 +53,7 @@ def lines(table: Table) -> list[str]:
     for name in names:
         loss = table[name, "loss"]
         difference = ""
-        if "difference" in loss:
+        if math.isfinite(loss.get("difference_t_low", math.nan)):  # no interval of one pair
             ends = f"{loss['difference_t_low']:+.4f}, {loss['difference_t_high']:+.4f}"
             difference = f"{loss['difference']:+.4f} [{ends}]"
         drops = (mean(name, f"{kind}drop_at_capacity", 2, 100) for kind in ("batch_", ""))

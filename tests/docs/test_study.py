@@ -127,6 +127,12 @@ def test_the_bars_are_those_of_the_page(tmp_path):
     assert row.startswith("| `switch` | 2 | 1.3500 | +0.3000 [+0.3000, +0.3000] |")
 
 
+def test_one_pair_has_no_interval(tmp_path):
+    table = read(results(tmp_path, {"whitened": [1.0, 1.1], "switch": [1.3]}))
+    row = next(line for line in lines(table) if line.startswith("| `switch`"))
+    assert row.startswith("| `switch` | 1 | 1.3000 |  | 0.000")
+
+
 @pytest.mark.parametrize(
     ("metrics", "line"),
     [({"max_vio": 0.051}, 0), ({"max_vio_worst": 0.16}, 0), ({"dead": 1.0}, 1)]
