@@ -77,4 +77,5 @@ def test_nothing_travels_a_second_time_unless_asked_to(mesh, exchange):
     assert moved(mesh, exchange, "exchange") == once
     again = moved(mesh, exchange, "full")
     assert again > once
+    # What brings the most are the rows.
     assert again[max(again, key=lambda key: key[1])] > once[max(once, key=lambda key: key[1])]

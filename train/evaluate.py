@@ -47,10 +47,12 @@ class Evaluator(NamedTuple):
         step: (params, router, batch, key) to sums over the batch, see `step.Steps`.
         metrics: (what the expert layers tell, summed over all batches; the number of batches) to
             routing metrics, see `step.layer_metrics`.
+        train_batches: how many batches of `training` it scores; 0 is all held-out data.
     """
 
     step: Callable[[Tree, Tree, Tree, jax.Array], Tree]
     metrics: Callable[[Tree, np.generic], Tree]
+    train_batches: int = 0
 
 
 def heldout(run: Run) -> Iterator[dict[str, np.ndarray]]:
@@ -85,25 +87,22 @@ def _batches(run: Run, train_batches: int) -> Iterator[dict[str, np.ndarray]]:
 
 
 def compile_evaluate(run: Run, train_batches: int = 0) -> Evaluator:
-    """The evaluation, compiled for the shapes of the batches; see `evaluate`."""
+    """The evaluation, compiled for the shapes of the batches; `train_batches` as in `Evaluator`."""
     batch = run.abstract_batch(next(_batches(run, train_batches)), run.eval_batch)
     inputs = run.abstract["params"], run.abstract["router"], batch, jax.eval_shape(run.key)
     step = jax.jit(run.steps.evaluate, out_shardings=replicated(run.mesh)).lower(*inputs)
     sums = jax.eval_shape(run.steps.evaluate, *inputs)
     metrics = jax.jit(layer_metrics).lower(sums["aux"], jax.ShapeDtypeStruct((), np.float32))
-    return Evaluator(cluster.compile_together(step), metrics.compile())
+    return Evaluator(cluster.compile_together(step), metrics.compile(), train_batches)
 
 
-def evaluate(
-    run: Run, evaluator: Evaluator, state: Tree, train_batches: int = 0
-) -> tuple[Scalars, Rows]:
-    """Scores all held-out data, or some batches of training.
+def evaluate(run: Run, evaluator: Evaluator, state: Tree) -> tuple[Scalars, Rows]:
+    """Scores all held-out data, or the batches of training for which the evaluator was made.
 
     Args:
         run: the run.
         evaluator: from `compile_evaluate`.
         state: holds `params` and `router`.
-        train_batches: how many of `training` are scored; 0 for the held-out data.
 
     Returns:
         Scalars by slash names: `eval/loss` (nats per target or image), of held-out data
@@ -116,7 +115,7 @@ def evaluate(
     key = run.key()
     total: Any = None
     batches = 0
-    for batch in _batches(run, train_batches):
+    for batch in _batches(run, evaluator.train_batches):
         notice.check()
         placed = run.to_devices(batch, run.eval_batch)
         part = evaluator.step(state["params"], state["router"], placed, key)
@@ -126,7 +125,7 @@ def evaluate(
         batches += 1
     sums = {name: float(value) for name, value in total["sums"].items()}
     scalars = {"eval/loss": sums["loss"] / sums["count"]}
-    if not train_batches:
+    if not evaluator.train_batches:
         scalars |= _of_heldout(run, sums)
     aux = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), total["aux"])
     rows = routing_rows(run, jax.device_get(evaluator.metrics(aux, np.float32(batches))))
@@ -164,7 +163,7 @@ def routing_rows(run: Run, metrics: dict[str, dict[str, Any]]) -> Rows:
 def print_evaluation(
     run: Run, scalars: Scalars, rows: Rows, step: int, train_batches: int = 0
 ) -> None:
-    """Prints the result and the routing table; `train_batches` as in `evaluate`."""
+    """Prints the result and the routing table; `train_batches` as in `Evaluator`."""
     loss = f"loss {scalars['eval/loss']:.4f} nats"
     if train_batches:
         where = f"{train_batches} batches of training"
@@ -196,7 +195,7 @@ def main(argv: list[str]) -> None:
     workdir = pathlib.Path(args.workdir)
     cluster.check_same({"train_batches": count})
     run, state, step = load_trained(workdir, cli.overrides(args.override), args.step)
-    scalars, rows = evaluate(run, compile_evaluate(run, count), state, count)
+    scalars, rows = evaluate(run, compile_evaluate(run, count), state)
     if not cluster.is_first():
         return
     print_evaluation(run, scalars, rows, step, count)

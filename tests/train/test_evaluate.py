@@ -181,7 +181,7 @@ def test_batches_of_training_are_scored_as_a_plain_computation_scores_them(
     finished, trained_run, capsys
 ):
     this, state, _ = trained_run
-    scalars, rows = evaluate.evaluate(this, evaluate.compile_evaluate(this, 3), state, 3)
+    scalars, rows = evaluate.evaluate(this, evaluate.compile_evaluate(this, 3), state)
     first, second, third = evaluate.training(this, 3)
     drawn = [*evaluate.training(this, 2)]
     for batch, again in zip((first, second), drawn, strict=True):
@@ -229,7 +229,7 @@ def test_training_batches_of_images_have_a_loss_and_no_accuracy(tmp_path, one_de
     """Labels may be mixed, and then nothing is right or wrong."""
     train(vit_tree(batch=8, steps=2, eval_every=2, data={"mixup": 0.5}), tmp_path)
     this, state, _ = run.load_trained(tmp_path, {})
-    scalars, rows = evaluate.evaluate(this, evaluate.compile_evaluate(this, 2), state, 2)
+    scalars, rows = evaluate.evaluate(this, evaluate.compile_evaluate(this, 2), state)
     assert "eval/accuracy" not in scalars
     batches = list(evaluate.training(this, 2))
 

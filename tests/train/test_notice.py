@@ -65,7 +65,7 @@ def test_an_evaluation_is_left_in_its_middle(monkeypatch):
         class run:  # noqa: N801
             key = staticmethod(lambda: None)
 
-        passes = loop._Passes(None, None, None)
+        passes = loop._Passes(None, None, evaluate.Evaluator(None, None))
 
     with notice.heeded(LONG_S):
         assert not notice.reached(1)

@@ -266,7 +266,7 @@ def kept_bytes(config: ExperimentConfig, sizes: Sizes) -> float:
     kv = (model.kv_heads or model.heads) if isinstance(model, LMConfig) else model.heads
     block = t * D * c  # the block's input
     if model.remat in ("full", "exchange"):
-        kept = _decisions(config, sizes) if model.remat == "exchange" else 0.0
+        kept = _named_bytes(config, sizes) if model.remat == "exchange" else 0.0
         return block * sizes.layers + kept * sum(moe_layers(model))
     heads = t * (model.heads + 2 * kv) * dim * c / tp
     total = 0.0
@@ -287,8 +287,8 @@ def kept_bytes(config: ExperimentConfig, sizes: Sizes) -> float:
     return total
 
 
-def _decisions(config: ExperimentConfig, sizes: Sizes) -> float:
-    """What remat "exchange" keeps of one expert layer: choices, their orders, rows that came."""
+def _named_bytes(config: ExperimentConfig, sizes: Sizes) -> float:
+    """What bears a name of `emoe_jax.remat` in an expert layer: choices, orders, exchanged rows."""
     chosen = 4.0 * sizes.tokens * config.model.moe.top_k
     if sizes.shards["expert"] == 1:
         return 2 * chosen
