@@ -54,7 +54,7 @@ flags.DEFINE_integer("repeats", 10, "Timed rounds.", lower_bound=1, flag_values=
 flags.DEFINE_integer(
     "ragged_repeats",
     1,
-    "Rounds that include ragged_dot where it is dense (on CPU); 0 leaves it out there.",
+    "Rounds that include ragged_dot where it is dense (not on TPU); 0 leaves it out there.",
     lower_bound=0,
     flag_values=FLAGS,
 )

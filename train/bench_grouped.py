@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from emoe_jax.dispatch import dropless
-from emoe_jax.grouped import grouped_matmul, native
+from emoe_jax.grouped import grouped_matmul, is_dense, resolve_backend
 from emoe_jax.routers import Routing
 from train import timing
 from train.timing import Row, Step, interleave
@@ -29,7 +29,7 @@ class Rounds:
 
     Attributes:
         most: timed rounds.
-        ragged: of them those that include `ragged_dot` where it is dense (on CPU).
+        ragged: of them those that include `ragged_dot` where it is dense (not on TPU).
     """
 
     most: int
@@ -105,15 +105,11 @@ def _rows(load: str, shape: Shape, turns: Rounds) -> list[Row]:
 
 
 def _rounds(turns: Rounds) -> dict[str, int]:
-    """How many rounds each kernel is timed for: those for CPU only where they are meant to run."""
-    rounds = {"dense": turns.most, "batched": turns.most}
-    if jax.default_backend() != "cpu":
-        return rounds | {"ragged_dot": turns.most}
-    if not native.missing():
-        rounds["native"] = turns.most
-    rounds["loops"] = turns.most
-    ragged = min(turns.ragged, turns.most)
-    return rounds | ({"ragged_dot": ragged} if ragged else {})
+    """How many rounds each kernel is timed for: what "auto" takes here, and the others."""
+    rounds = dict.fromkeys(("dense", "batched", resolve_backend("auto"), "loops"), turns.most)
+    if is_dense("ragged_dot"):
+        rounds["ragged_dot"] = min(turns.ragged, turns.most)
+    return {kernel: count for kernel, count in rounds.items() if count}
 
 
 def operands(shape: Shape, load: str) -> dict[str, tuple[jax.Array, ...]]:

@@ -43,7 +43,7 @@ def peers(shapes: list[Shape], names: list[str], rounds: Rounds) -> list[Row]:
     Args:
         shapes: which differ in E.
         names: of `PEERS`.
-        rounds: how often; `ragged` is for those that are dense on CPU.
+        rounds: how often; `ragged` is for those that are dense here.
 
     Returns:
         One row for each shape and layer: milliseconds (median, least, most) and ratios to ours,
@@ -70,7 +70,7 @@ def _rows(shape: Shape, names: list[str], rounds: Rounds) -> list[Row]:
     turns = {OURS: rounds.most}
     for name in names:
         layers[name] = PEERS[name].build(shape, weights, tokens)
-        dense = PEERS[name].dense_on_cpu and jax.default_backend() == "cpu"
+        dense = jax.default_backend() in PEERS[name].dense_on
         turns[name] = min(rounds.ragged, rounds.most) if dense else rounds.most
     layers = {name: layer for name, layer in layers.items() if turns[name]}
     results = {name: _results(layer) for name, layer in layers.items()}
@@ -251,17 +251,17 @@ class Peer:
     Attributes:
         build: (shape, weights, tokens) to the programs "forward" and "step".
         packages: what it needs that this library does not.
-        dense_on_cpu: whether it does E times the arithmetic there.
+        dense_on: where it does E times the arithmetic, by JAX's names of platforms.
     """
 
     build: Callable[[Shape, Weights, np.ndarray], dict[str, Step]]
     packages: tuple[str, ...] = ()
-    dense_on_cpu: bool = False
+    dense_on: tuple[str, ...] = ()
 
 
 PEERS: dict[str, Peer] = {
-    "ragged_dot": Peer(_ragged_dot, (), True),
-    "tokamax": Peer(_tokamax, ("tokamax",), True),
+    "ragged_dot": Peer(_ragged_dot, (), ("cpu", "gpu")),
+    "tokamax": Peer(_tokamax, ("tokamax",), ("cpu",)),
 } | {
     f"{family}-{experts}": Peer(
         functools.partial(_transformers, family, experts), ("torch", "transformers")

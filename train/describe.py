@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from emoe_jax.config import LMConfig, MoEConfig, ViTConfig, moe_layers
 from emoe_jax.dispatch.exchange import choose_exchange
-from emoe_jax.grouped import resolve_backend
+from emoe_jax.grouped import is_dense, resolve_backend
 from emoe_jax.optim import partition
 from train.data.text import TextData
 from train.flops import active_parameters
@@ -75,5 +75,5 @@ def _kernel(dispatch: str) -> str:
     if dispatch != "dropless":
         return ""
     kernel = resolve_backend("auto")
-    dense = jax.default_backend() == "gpu"
-    return f" by {kernel}" + (", which XLA may lower densely on GPU: time it" if dense else "")
+    warning = ", which XLA may lower to E times the arithmetic: time it" if is_dense(kernel) else ""
+    return f" by {kernel}{warning}"

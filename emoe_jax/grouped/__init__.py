@@ -1,7 +1,8 @@
 """Grouped matrix product: consecutive blocks of rows, each times its own expert's matrix.
 
 `grouped_matmul` is one function with a backend per platform: `ragged` is the compiler's own grouped
-product, `native` and `loops` are ours for CPU, where the compiler's does E times the arithmetic.
+product, good on TPU. On CUDA and CPU the compiler's does E times the arithmetic, and the product is
+ours: `triton` there, `native` and `loops` here.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,10 +17,19 @@ from emoe_jax.grouped.products import Product
 
 Array = jax.Array
 
-BACKENDS = ("auto", "ragged_dot", "native", "loops")
+BACKENDS = ("auto", "ragged_dot", "triton", "native", "loops")
+
+
+def _triton(product: Product, left: Array, right: Array, sizes: Array) -> Array:
+    # Imported where it is wanted: Pallas takes a while, and nobody else needs it.
+    from emoe_jax.grouped import triton
+
+    return triton.multiply(product, left, right, sizes)
+
 
 _MULTIPLY: Mapping[str, Callable[[Product, Array, Array, Array], Array]] = {
     "ragged_dot": ragged.multiply,
+    "triton": _triton,
     "native": native.multiply,
     "loops": loops.multiply,
 }
@@ -30,11 +40,12 @@ def resolve_backend(name: str, platform: str | None = None) -> str:
 
     Args:
         name: one of `BACKENDS`.
-        platform: the platform compiled for ("cpu", "gpu", "cuda", "rocm", "tpu"); None takes JAX's
-            default backend, which is right unless one compiles ahead of time for another.
+        platform: the platform compiled for ("cpu", "gpu", "cuda", "rocm", "tpu"; "gpu" is CUDA);
+            None takes JAX's default backend, which is right unless one compiles ahead of time for
+            another.
 
     Returns:
-        "ragged_dot", "native" or "loops".
+        "ragged_dot", "triton", "native" or "loops".
 
     Raises:
         ValueError: the name is not a backend, or it is "native" and this machine has none.
@@ -47,7 +58,31 @@ def resolve_backend(name: str, platform: str | None = None) -> str:
         raise ValueError(f"There are no native grouped products here: {native.missing()}.")
     if name != "auto":
         return name
-    return _on_cpu() if (platform or jax.default_backend()) == "cpu" else "ragged_dot"
+    platform = platform or _default_platform()
+    if platform == "cpu":
+        return _on_cpu()
+    return "triton" if platform in ("gpu", "cuda") else "ragged_dot"
+
+
+def is_dense(backend: str, platform: str | None = None) -> bool:
+    """Whether a kernel may multiply every row by every expert's matrix: E times the arithmetic.
+
+    XLA knows a grouped product for `ragged_dot` on TPU. On CPU and CUDA it multiplies densely (jax
+    0.10); on ROCm it has one for some dtypes on some devices.
+
+    Args:
+        backend: what `resolve_backend` returned.
+        platform: as there.
+    """
+    return backend == "ragged_dot" and (platform or _default_platform()) != "tpu"
+
+
+def _default_platform() -> str:
+    """The default backend, with AMD's GPUs by their own name: JAX calls both kinds "gpu"."""
+    platform = jax.default_backend()
+    if platform == "gpu" and "rocm" in jax.devices()[0].client.platform_version.lower():
+        return "rocm"
+    return platform
 
 
 def _on_cpu() -> str:
@@ -59,6 +94,14 @@ def _on_cpu() -> str:
     return "native" if jax.default_backend() == "cpu" and not native.missing() else "loops"
 
 
+def _on_cuda() -> str:
+    """What "auto" is where a program is lowered for CUDA.
+
+    In a process that computes elsewhere nobody runs it, and JAX 0.11 cannot lower "triton" there.
+    """
+    return "triton" if jax.default_backend() == "gpu" else "ragged_dot"
+
+
 def grouped_matmul(rows: Array, weights: Array, sizes: Array, *, backend: str = "auto") -> Array:
     """Multiplies each block of consecutive rows by the matrix of its group.
 
@@ -67,13 +110,14 @@ def grouped_matmul(rows: Array, weights: Array, sizes: Array, *, backend: str = 
     sum(sizes) give exact zeros and get zero gradients, whatever they hold. An empty group's matrix
     gets a zero gradient.
 
-    "auto" is "ragged_dot" but on a CPU, and there "native", or "loops" where `native.missing()`
-    says why. It is decided when the program is lowered (`jax.lax.platform_dependent`), not from the
-    process's default backend, because an ahead-of-time compile for TPU runs in a CPU process. On
-    TPU `ragged_dot` is a native grouped kernel. On GPU it is what XLA offers, which may be dense: E
-    times the arithmetic; "auto" does not know, so time it there (`python -m train.bench grouped`).
-    On CPU "ragged_dot" is always dense: an oracle. "loops" is correct on every platform and meant
-    for one, "native" exists on CPU only. "native" computes in float32, low precision too.
+    "auto" is "ragged_dot" on TPU and ROCm, "triton" on CUDA, and on a CPU "native", or "loops"
+    where `native.missing()` says why. It is decided when the program is lowered
+    (`jax.lax.platform_dependent`), not from the process's default backend, because an ahead-of-time
+    compile for TPU runs in a CPU process; one for CUDA gets "ragged_dot" there. "ragged_dot" is a
+    grouped kernel on TPU and E times the arithmetic elsewhere, see `is_dense`: an oracle. "triton"
+    is interpreted on CPU, for tests, and takes no float64, for which "auto" has "loops". "loops" is
+    correct on every platform and meant for one, "native" exists on CPU only. "native" computes in
+    float32, low precision too.
 
     Differentiable in rows and weights (reverse mode), usable under jit, scan, checkpoint and
     shard_map. Under vmap take "native" or "loops", which go through the mapped axis one by one, and
@@ -95,8 +139,8 @@ def grouped_matmul(rows: Array, weights: Array, sizes: Array, *, backend: str = 
     """
     resolve_backend(backend)
     _check(rows, weights, sizes)
-    if backend == "native" and rows.dtype == jnp.float64:
-        raise ValueError('backend "native" takes no float64; choose "loops".')
+    if backend in ("native", "triton") and rows.dtype == jnp.float64:
+        raise ValueError(f'backend "{backend}" takes no float64; choose "loops".')
     if rows.size == 0 or weights.size == 0:
         return jnp.zeros_like(rows, shape=(rows.shape[0], weights.shape[2]))
     return _product(backend, *_varying_alike(rows, weights, sizes))
@@ -173,11 +217,13 @@ _product.defvjp(_product_forward, _product_backward)
 def _multiply(backend: str, product: Product, left: Array, right: Array, sizes: Array) -> Array:
     if backend != "auto":
         return _MULTIPLY[backend](product, left, right, sizes)
-    on_cpu = "loops" if left.dtype == jnp.float64 else _on_cpu()
+    double = left.dtype == jnp.float64
+    on_cpu, on_cuda = ("loops", "loops") if double else (_on_cpu(), _on_cuda())
     return lax.platform_dependent(
         left,
         right,
         sizes,
         cpu=partial(_MULTIPLY[on_cpu], product),
+        cuda=partial(_MULTIPLY[on_cuda], product),
         default=partial(ragged.multiply, product),
     )

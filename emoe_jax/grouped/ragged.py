@@ -1,4 +1,4 @@
-"""Grouped products by the compiler's own: one kernel on TPU, E times the arithmetic on CPU."""
+"""Grouped products by the compiler's own: one kernel on TPU, elsewhere E times the arithmetic."""
 
 import jax
 import jax.numpy as jnp

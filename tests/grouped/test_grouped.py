@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from emoe_jax.grouped import grouped_matmul, resolve_backend
+from emoe_jax.grouped import grouped_matmul, is_dense, resolve_backend
 
 # (M, E, D, F): one row; fewer rows than experts; blocks smaller than a group and odd ends.
 SHAPES = [(1, 1, 1, 1), (5, 9, 2, 3), (50, 1, 3, 2), (301, 5, 4, 3)]
@@ -53,7 +53,7 @@ def shape_and_sizes(draw):
     return (M, E, D, F), tuple(int(size) for size in np.diff([0, *cuts]))
 
 
-@pytest.mark.parametrize("backend", ["native", "loops", "ragged_dot"])
+@pytest.mark.parametrize("backend", ["native", "loops", "ragged_dot", "triton"])
 @given(case=shape_and_sizes())
 @example(case=((301, 5, 4, 3), (0, 0, 301, 0, 0)))
 @example(case=((301, 5, 4, 3), (301, 0, 0, 0, 0)))
@@ -90,7 +90,7 @@ def test_arithmetic_written_out(strict):
     chex.assert_trees_all_equal(d_weights, expected)
 
 
-@pytest.mark.parametrize("backend", ["native", "loops", "ragged_dot"])
+@pytest.mark.parametrize("backend", ["native", "loops", "ragged_dot", "triton"])
 def test_bfloat16_accumulates_in_float32(strict, backend):
     rows, weights, cotangent = operands(301, 5, 4, 3, dtype=jnp.bfloat16)
     sizes = jnp.array([200, 0, 60, 41, 0], jnp.int32)
@@ -101,7 +101,7 @@ def test_bfloat16_accumulates_in_float32(strict, backend):
         np.testing.assert_allclose(mine.astype(np.float32), exact, rtol=2**-8, atol=1e-3)
 
 
-@pytest.mark.parametrize("backend", ["native", "loops", "ragged_dot"])
+@pytest.mark.parametrize("backend", ["native", "loops", "ragged_dot", "triton"])
 def test_under_scan_checkpoint_and_jit(backend):
     rows, weights, _ = operands(24, 3, 4, 4)
     stacked = jnp.stack([weights, 0.5 * weights])
@@ -125,8 +125,11 @@ def test_under_scan_checkpoint_and_jit(backend):
     chex.assert_trees_all_close(*gradients, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-def test_under_shard_map_with_replicated_weights(check_vma):
+# Pallas cannot interpret kernels where check_vma is on; see test_triton.py for that.
+@pytest.mark.parametrize(
+    ("backend", "check_vma"), [("auto", True), ("auto", False), ("triton", False)]
+)
+def test_under_shard_map_with_replicated_weights(backend, check_vma):
     rows, weights, _ = operands(16, 3, 4, 2)
     sizes = jnp.array([[3, 0, 4], [1, 7, 0]], jnp.int32)
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
@@ -139,7 +142,7 @@ def test_under_shard_map_with_replicated_weights(check_vma):
         check_vma=check_vma,
     )
     def sharded(rows, weights, sizes):
-        return grouped_matmul(rows, weights, sizes[0])
+        return grouped_matmul(rows, weights, sizes[0], backend=backend)
 
     def whole(rows, weights, sizes):
         halves = zip(rows.reshape(2, 8, 4), sizes, strict=True)
@@ -164,7 +167,8 @@ def test_no_rows():
 def test_auto_follows_the_platform_compiled_for():
     assert resolve_backend("auto") == "native"
     assert resolve_backend("auto", "tpu") == "ragged_dot"
-    assert resolve_backend("auto", "cuda") == "ragged_dot"
+    assert resolve_backend("auto", "cuda") == resolve_backend("auto", "gpu") == "triton"
+    assert resolve_backend("auto", "rocm") == "ragged_dot"
     assert resolve_backend("ragged_dot", "cpu") == "ragged_dot"
     rows, weights, _ = operands(8, 2, 4, 4)
     shapes = rows, weights, jnp.array([4, 4], jnp.int32)
@@ -175,11 +179,19 @@ def test_auto_follows_the_platform_compiled_for():
 
 def test_unknown_backend_lists_the_valid_ones():
     with pytest.raises(
-        ValueError, match=r"'triton' does not exist.*auto, ragged_dot, native, loops"
+        ValueError, match=r"'tokamax' does not exist.*auto, ragged_dot, triton, native, loops"
     ):
-        resolve_backend("triton")
-    with pytest.raises(ValueError, match="'triton' does not exist"):
-        grouped_matmul(*operands(2, 1, 2, 2)[:2], jnp.array([2], jnp.int32), backend="triton")
+        resolve_backend("tokamax")
+    with pytest.raises(ValueError, match="'tokamax' does not exist"):
+        grouped_matmul(*operands(2, 1, 2, 2)[:2], jnp.array([2], jnp.int32), backend="tokamax")
+
+
+def test_dense_where_the_compiler_knows_no_grouped_product():
+    assert is_dense("ragged_dot")
+    assert is_dense("ragged_dot", "cuda")
+    assert is_dense("ragged_dot", "rocm")
+    assert not is_dense("ragged_dot", "tpu")
+    assert not any(is_dense(backend, "cuda") for backend in ("triton", "native", "loops"))
 
 
 @pytest.mark.parametrize(
