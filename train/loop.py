@@ -18,6 +18,7 @@ from emoe_jax.config import (
 from emoe_jax.dispatch.selfcheck import check_exchange
 from emoe_jax.sharding import replicated
 from train import cluster, notice, provenance, sample
+from train.claim import claim
 from train.config import ExperimentConfig, digest, freeze
 from train.describe import count_parameters, describe
 from train.evaluate import (
@@ -62,14 +63,23 @@ def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[Scalars,
         Scalars and routing table of the last evaluation, see `evaluate.evaluate`.
 
     Raises:
-        ValueError: something in the input is wrong; raised before anything is compiled.
+        ValueError: something in the input is wrong, or another training is at work in the folder;
+            raised before anything is compiled.
         guards.Diverged: steps were not finite again and again.
     """
-    # ---------------------------------------------------------------- configuration and data
     cluster.check_same(tree.to_dict())
     config = freeze(tree)
     notice.begin()
     cluster.share_folder(workdir)
+    with claim(workdir):
+        return _train_here(tree, config, workdir)
+
+
+def _train_here(
+    tree: config_dict.ConfigDict, config: ExperimentConfig, workdir: pathlib.Path
+) -> tuple[Scalars, Rows]:
+    """The training, in a folder that nobody else writes to."""
+    # ---------------------------------------------------------------- data and model
     run = cluster.first_then_others(lambda: build(config, workdir))
     config = run.config
     # The prompt is continued at the end; whether it can be is known now.
