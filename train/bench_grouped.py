@@ -108,7 +108,7 @@ def _rounds(turns: Rounds) -> dict[str, int]:
     """How many rounds each kernel is timed for: what "auto" takes here, and the others."""
     rounds = dict.fromkeys(("dense", "batched", resolve_backend("auto"), "loops"), turns.most)
     if is_dense("ragged_dot"):
-        rounds["ragged_dot"] = min(turns.ragged, turns.most)
+        rounds.setdefault("ragged_dot", min(turns.ragged, turns.most))
     return {kernel: count for kernel, count in rounds.items() if count}
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
+import os
 import pathlib
+import tempfile
 from collections.abc import Iterator
 
 import filelock
@@ -13,26 +16,26 @@ from train import cluster
 
 LOGGER = logging.getLogger(__name__)
 
-LOCK = ".lock"
-"""File in the run's folder, empty; the operating system drops the lock when its process ends."""
-
-PATIENCE_S = 10.0
-"""Seconds for a training that was just told to stop, as a scheduler that restarts it does."""
+PATIENCE_S = 120.0
+"""Seconds for a training that was told to stop, or whose other processes were lost: it may save for
+`checkpoint.grace_s`, or not know for `--heartbeat_timeout`, and a scheduler starts the next one."""
 
 
 @contextlib.contextmanager
 def claim(workdir: pathlib.Path) -> Iterator[None]:
     """Holds a run's folder, for all processes of this run; every one of them calls it.
 
-    Where the file system knows no locks it says so and goes on.
+    Among trainings whose process 0 is on one machine: the lock is on a file of that machine. One in
+    the folder would be on a network's file system, which may keep the lock of a machine that is
+    gone, and then nothing could go on from its checkpoints.
 
     Args:
         workdir: an existing folder.
 
     Raises:
-        ValueError: another training holds it; on all processes.
+        ValueError: another training holds it and does not end; on all processes.
     """
-    lock = filelock.FileLock(workdir / LOCK, timeout=PATIENCE_S)
+    lock = filelock.FileLock(lock_file(workdir))
     cluster.together(lambda: _take(lock, workdir) if cluster.is_first() else None)
     try:
         yield
@@ -40,13 +43,24 @@ def claim(workdir: pathlib.Path) -> Iterator[None]:
         lock.release()
 
 
+def lock_file(workdir: pathlib.Path) -> pathlib.Path:
+    """The file of a run's folder, in this machine's folder of temporary files."""
+    name = hashlib.sha256(os.fsencode(workdir.resolve())).hexdigest()[:16]
+    user = getattr(os, "getuid", int)()  # Windows has folders of its own for every user's
+    return pathlib.Path(tempfile.gettempdir()) / f"emoe_jax-{user}-{name}.lock"
+
+
 def _take(lock: filelock.BaseFileLock, workdir: pathlib.Path) -> None:
+    with contextlib.suppress(filelock.Timeout):
+        lock.acquire(timeout=0)
+        return
+    LOGGER.warning(
+        "another training is at work in %s; waiting up to %g s for its end", workdir, PATIENCE_S
+    )
     try:
-        lock.acquire()
+        lock.acquire(timeout=PATIENCE_S)
     except filelock.Timeout:
         raise ValueError(
-            f"--workdir={workdir} is in use: another training has held {workdir / LOCK} for"
-            f" {PATIENCE_S:g} s; wait until it ends, stop it, or give another folder"
+            f"--workdir={workdir} is in use by another training on this machine, which has not"
+            f" ended within {PATIENCE_S:g} s; stop it, or give another folder"
         ) from None
-    except NotImplementedError as error:
-        LOGGER.warning("%s: two trainings in one folder would not be noticed", error)

@@ -78,7 +78,7 @@ def train(tree: config_dict.ConfigDict, workdir: pathlib.Path) -> tuple[Scalars,
 def _train_here(
     tree: config_dict.ConfigDict, config: ExperimentConfig, workdir: pathlib.Path
 ) -> tuple[Scalars, Rows]:
-    """The training, in a folder that nobody else writes to."""
+    """The training, in a folder where no other one is at work."""
     # ---------------------------------------------------------------- data and model
     run = cluster.first_then_others(lambda: build(config, workdir))
     config = run.config

@@ -17,6 +17,9 @@ from emoe_jax.grouped.products import Product
 
 Array = jax.Array
 
+TRITON_DTYPES = ("float32", "bfloat16", "float16")
+"""What "triton" multiplies."""
+
 BACKENDS = ("auto", "ragged_dot", "triton", "native", "loops")
 
 
@@ -40,9 +43,9 @@ def resolve_backend(name: str, platform: str | None = None) -> str:
 
     Args:
         name: one of `BACKENDS`.
-        platform: the platform compiled for ("cpu", "gpu", "cuda", "rocm", "tpu"; "gpu" is CUDA);
-            None takes JAX's default backend, which is right unless one compiles ahead of time for
-            another.
+        platform: the platform compiled for, in this process ("cpu", "gpu", "cuda", "rocm", "tpu";
+            "gpu" is CUDA); None takes JAX's default backend, which is right unless one compiles
+            ahead of time for another.
 
     Returns:
         "ragged_dot", "triton", "native" or "loops".
@@ -61,7 +64,7 @@ def resolve_backend(name: str, platform: str | None = None) -> str:
     platform = platform or _default_platform()
     if platform == "cpu":
         return _on_cpu()
-    return "triton" if platform in ("gpu", "cuda") else "ragged_dot"
+    return _on_cuda() if platform in ("gpu", "cuda") else "ragged_dot"
 
 
 def is_dense(backend: str, platform: str | None = None) -> bool:
@@ -77,12 +80,17 @@ def is_dense(backend: str, platform: str | None = None) -> bool:
     return backend == "ragged_dot" and (platform or _default_platform()) != "tpu"
 
 
+def _devices() -> list[jax.Device]:
+    """The devices that this process computes on unless it is told otherwise."""
+    return jax.local_devices()
+
+
 def _default_platform() -> str:
-    """The default backend, with AMD's GPUs by their own name: JAX calls both kinds "gpu"."""
-    platform = jax.default_backend()
-    if platform == "gpu" and "rocm" in jax.devices()[0].client.platform_version.lower():
+    """Their platform, with AMD's GPUs by their own name: JAX calls both kinds "gpu"."""
+    device = _devices()[0]
+    if device.platform == "gpu" and "rocm" in device.client.platform_version.lower():
         return "rocm"
-    return platform
+    return device.platform
 
 
 def _on_cpu() -> str:
@@ -91,15 +99,19 @@ def _on_cpu() -> str:
     All branches are traced, also those that are not lowered, and to trace "native" compiles it: in
     a process that computes elsewhere it is not worth that.
     """
-    return "native" if jax.default_backend() == "cpu" and not native.missing() else "loops"
+    return "native" if _default_platform() == "cpu" and not native.missing() else "loops"
 
 
 def _on_cuda() -> str:
     """What "auto" is where a program is lowered for CUDA.
 
-    In a process that computes elsewhere nobody runs it, and JAX 0.11 cannot lower "triton" there.
+    "triton" needs the tensor cores of compute capability 8. And it is for processes whose default
+    devices are such GPUs: JAX 0.11 cannot lower it elsewhere.
     """
-    return "triton" if jax.default_backend() == "gpu" else "ragged_dot"
+    if _default_platform() != "gpu":
+        return "ragged_dot"
+    capable = all(float(device.compute_capability) >= 8 for device in _devices())
+    return "triton" if capable else "ragged_dot"
 
 
 def grouped_matmul(rows: Array, weights: Array, sizes: Array, *, backend: str = "auto") -> Array:
@@ -113,15 +125,16 @@ def grouped_matmul(rows: Array, weights: Array, sizes: Array, *, backend: str = 
     "auto" is "ragged_dot" on TPU and ROCm, "triton" on CUDA, and on a CPU "native", or "loops"
     where `native.missing()` says why. It is decided when the program is lowered
     (`jax.lax.platform_dependent`), not from the process's default backend, because an ahead-of-time
-    compile for TPU runs in a CPU process; one for CUDA gets "ragged_dot" there. "ragged_dot" is a
-    grouped kernel on TPU and E times the arithmetic elsewhere, see `is_dense`: an oracle. "triton"
-    is interpreted on CPU, for tests, and takes no float64, for which "auto" has "loops". "loops" is
-    correct on every platform and meant for one, "native" exists on CPU only. "native" computes in
-    float32, low precision too.
+    compile for TPU runs in a CPU process; one for CUDA gets "ragged_dot" there, as GPUs before
+    compute capability 8 do. "ragged_dot" is a grouped kernel on TPU and E times the arithmetic
+    elsewhere, see `is_dense`: an oracle. "triton" takes float32, bfloat16 and float16 ("auto" has
+    "loops" for others), is interpreted on CPU, for tests, and is lowered for CUDA alone, not for
+    several platforms at once. "loops" is correct on every platform and meant for one, "native"
+    exists on CPU only. "native" computes in float32, low precision too.
 
     Differentiable in rows and weights (reverse mode), usable under jit, scan, checkpoint and
     shard_map. Under vmap take "native" or "loops", which go through the mapped axis one by one, and
-    for `jax.export` on CPU "loops", as programs with calls into this process cannot be kept.
+    for `jax.export` "loops": calls into this process, and kernels, cannot be kept.
 
     Args:
         rows: [M,D], sorted by group.
@@ -139,8 +152,12 @@ def grouped_matmul(rows: Array, weights: Array, sizes: Array, *, backend: str = 
     """
     resolve_backend(backend)
     _check(rows, weights, sizes)
-    if backend in ("native", "triton") and rows.dtype == jnp.float64:
-        raise ValueError(f'backend "{backend}" takes no float64; choose "loops".')
+    if backend == "native" and rows.dtype == jnp.float64:
+        raise ValueError('backend "native" takes no float64; choose "loops".')
+    if backend == "triton" and rows.dtype.name not in TRITON_DTYPES:
+        raise ValueError(
+            f'backend "triton" takes {", ".join(TRITON_DTYPES)}, not {rows.dtype}; choose "loops".'
+        )
     if rows.size == 0 or weights.size == 0:
         return jnp.zeros_like(rows, shape=(rows.shape[0], weights.shape[2]))
     return _product(backend, *_varying_alike(rows, weights, sizes))
@@ -217,8 +234,8 @@ _product.defvjp(_product_forward, _product_backward)
 def _multiply(backend: str, product: Product, left: Array, right: Array, sizes: Array) -> Array:
     if backend != "auto":
         return _MULTIPLY[backend](product, left, right, sizes)
-    double = left.dtype == jnp.float64
-    on_cpu, on_cuda = ("loops", "loops") if double else (_on_cpu(), _on_cuda())
+    on_cpu = "loops" if left.dtype == jnp.float64 else _on_cpu()
+    on_cuda = _on_cuda() if left.dtype.name in TRITON_DTYPES else "loops"
     return lax.platform_dependent(
         left,
         right,

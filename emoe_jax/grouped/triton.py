@@ -58,8 +58,14 @@ def _depth(length: float, dtype: jnp.dtype) -> int:
     return _side(length, _DEPTH_BYTES // dtype.itemsize)
 
 
-def _ends(sizes: Array) -> Array:
-    return jnp.cumsum(sizes, dtype=jnp.int32)
+def _ends(sizes: Array, M: int) -> Array:
+    """Where each group's rows end; inside the M rows whatever sizes say: a GPU checks no bounds."""
+    return jnp.minimum(jnp.cumsum(jnp.maximum(sizes, 0), dtype=jnp.int32), M)
+
+
+def _cdiv(count: Array, size: int) -> Array:
+    """Quotient rounded up, in int32 also where JAX's integers have 64 bits."""
+    return (count + jnp.int32(size - 1)) // jnp.int32(size)
 
 
 def _row_tiles(sizes: Array, M: int, block: int) -> tuple[Array, Array, Array]:
@@ -72,14 +78,16 @@ def _row_tiles(sizes: Array, M: int, block: int) -> tuple[Array, Array, Array]:
         first row, and the end of its group's rows, which is no more than the first row where the
         tile is none. Each [tiles] int32.
     """
-    sizes = jnp.append(sizes, M - jnp.sum(sizes))
-    ends, tiles = _ends(sizes), pl.cdiv(sizes, block)
-    tile_ends = _ends(tiles)
-    tile = jnp.arange(M // block + min(len(sizes), M), dtype=jnp.int32)
-    past = jnp.sum(tile[:, None] >= tile_ends[None], axis=1, dtype=jnp.int32)
-    group = jnp.minimum(past, len(sizes) - 1)
+    ends = jnp.append(_ends(sizes, M), jnp.int32(M))
+    starts = jnp.append(jnp.int32(0), ends[:-1])
+    tiles = _cdiv(ends - starts, block)
+    tile_ends = jnp.cumsum(tiles, dtype=jnp.int32)
+    tile = jnp.arange(M // block + min(len(ends), M), dtype=jnp.int32)
+    # By comparing with all ends at once: the other methods are loops.
+    group = jnp.searchsorted(tile_ends, tile, side="right", method="compare_all")
+    group = jnp.minimum(group.astype(jnp.int32), len(ends) - 1)
     within = tile - (tile_ends - tiles)[group]
-    return group, (ends - sizes)[group] + within * block, ends[group]
+    return group, starts[group] + within * jnp.int32(block), ends[group]
 
 
 def _rows(product: Product, rows: Array, weights: Array, sizes: Array, *, interpret: bool) -> Array:
@@ -110,12 +118,12 @@ def _rows_kernel(
     height, side, depth = blocks
     tile = pl.program_id(1)
     e, start, end = groups[tile], starts[tile], ends[tile]
-    at_rows, at_side = pl.Slice(start, height), pl.Slice(pl.program_id(0) * side, side)
+    at_rows, at_side = pl.Slice(start, height), pl.Slice(pl.program_id(0) * jnp.int32(side), side)
     in_rows, in_side = _inside(at_rows, end), _inside(at_side, out.shape[1])
     contracted = rows.shape[1]
 
     def step(i: Array, sum_: Array) -> Array:
-        at_depth = pl.Slice(i * depth, depth)
+        at_depth = pl.Slice(i * jnp.int32(depth), depth)
         in_depth = _inside(at_depth, contracted)
         left = _load(rows.at[at_rows, at_depth], in_rows, in_depth)
         if product is Product.MATRIX:
@@ -126,7 +134,7 @@ def _rows_kernel(
 
     # The rows past the end of the groups are no expert's: they stay zero. (Not `where` over
     # Python's integers: Pallas lowers these to booleans for Triton.)
-    steps = pl.cdiv(contracted, depth) * (e < E).astype(jnp.int32)
+    steps = jnp.int32(pl.cdiv(contracted, depth)) * (e < E).astype(jnp.int32)
 
     @pl.when(start < end)
     def _() -> None:
@@ -138,10 +146,11 @@ def _columns(left: Array, right: Array, sizes: Array, *, interpret: bool) -> Arr
     M, E = left.shape[0], sizes.shape[0]
     D, F = left.shape[1], right.shape[1]
     height, side = _side(D), _side(F)
-    ends = _ends(sizes)
+    ends = _ends(sizes, M)
+    starts = jnp.append(jnp.int32(0), ends[:-1])
     kernel = partial(_columns_kernel, (height, side, _depth(M / E, left.dtype)))
     grid = pl.cdiv(F, side), pl.cdiv(D, height), E
-    return _call(kernel, grid, (E, D, F), (left, right, ends - sizes, ends), interpret=interpret)
+    return _call(kernel, grid, (E, D, F), (left, right, starts, ends), interpret=interpret)
 
 
 def _columns_kernel(
@@ -156,19 +165,19 @@ def _columns_kernel(
     height, side, depth = blocks
     e = pl.program_id(2)
     start, end = starts[e], ends[e]
-    at_height = pl.Slice(pl.program_id(1) * height, height)
-    at_side = pl.Slice(pl.program_id(0) * side, side)
+    at_height = pl.Slice(pl.program_id(1) * jnp.int32(height), height)
+    at_side = pl.Slice(pl.program_id(0) * jnp.int32(side), side)
     in_height, in_side = _inside(at_height, out.shape[1]), _inside(at_side, out.shape[2])
 
     def step(i: Array, sum_: Array) -> Array:
-        at_rows = pl.Slice(start + i * depth, depth)
+        at_rows = pl.Slice(start + i * jnp.int32(depth), depth)
         in_rows = _inside(at_rows, end)
         # Zeroed on both sides: zero times a NaN of other rows would still be NaN.
         mine = _load(left.at[at_rows, at_height], in_rows, in_height)
         other = _load(right.at[at_rows, at_side], in_rows, in_side)
         return _add_product(sum_, mine, other, (0, 0))
 
-    total = _sum(pl.cdiv(end - start, depth), step, height, side)
+    total = _sum(_cdiv(end - start, depth), step, height, side)
     _store(out.at[e, at_height, at_side], total, in_height, in_side)
 
 
@@ -224,7 +233,7 @@ def _store(part: Part, tile: Array, first: Array | None, second: Array | None) -
 
 def _sum(steps: Array, step: Callable[[Array, Array], Array], height: int, side: int) -> Array:
     """The products of a tile, summed in float32."""
-    return lax.fori_loop(0, steps, step, jnp.zeros((height, side), jnp.float32))
+    return lax.fori_loop(jnp.int32(0), steps, step, jnp.zeros((height, side), jnp.float32))
 
 
 def _add_product(sum_: Array, left: Array, right: Array, contracted: tuple[int, int]) -> Array:

@@ -167,8 +167,8 @@ def test_no_rows():
 def test_auto_follows_the_platform_compiled_for():
     assert resolve_backend("auto") == "native"
     assert resolve_backend("auto", "tpu") == "ragged_dot"
-    assert resolve_backend("auto", "cuda") == resolve_backend("auto", "gpu") == "triton"
-    assert resolve_backend("auto", "rocm") == "ragged_dot"
+    # In this process, which has no GPU; see test_triton.py.
+    assert resolve_backend("auto", "cuda") == "ragged_dot"
     assert resolve_backend("ragged_dot", "cpu") == "ragged_dot"
     rows, weights, _ = operands(8, 2, 4, 4)
     shapes = rows, weights, jnp.array([4, 4], jnp.int32)

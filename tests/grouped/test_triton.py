@@ -4,6 +4,7 @@ Values and gradients are compared in test_grouped.py, where the kernels are inte
 code that Triton is given is parsed, and so verified, for each product.
 """
 
+import types
 from functools import partial
 
 import jax
@@ -17,7 +18,8 @@ from jax.sharding import PartitionSpec as P
 from jaxlib.mlir import ir
 from jaxlib.triton import dialect as triton_dialect
 
-from emoe_jax.grouped import grouped_matmul, loops, triton
+from emoe_jax import grouped
+from emoe_jax.grouped import grouped_matmul, is_dense, loops, resolve_backend, triton
 from emoe_jax.grouped.products import Product
 
 
@@ -55,6 +57,13 @@ def test_tiles_take_each_row_once(sizes, spare):
         for row in range(start, min(start + block, end))
     ]
     assert sorted(rows) == list(enumerate(owner))
+
+
+def test_no_tile_reaches_past_the_rows():
+    # Sizes of 44 rows where there are 8.
+    _, starts, ends = triton._row_tiles(jnp.array([4, 40], jnp.int32), M=8, block=4)
+    assert list(zip(starts[:2].tolist(), ends[:2].tolist(), strict=True)) == [(0, 4), (4, 8)]
+    assert (starts[2:] >= ends[2:]).all()
 
 
 @pytest.mark.parametrize("product", Product)
@@ -97,7 +106,7 @@ def kernels(function, *arrays, platform="cuda", gpus=1):
 
 
 @pytest.mark.parametrize("product", Product)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 # Sides that tiles divide, and sides that need masks.
 @pytest.mark.parametrize("sides", [(64, 128), (40, 33)])
 def test_code_for_cuda_is_valid(product, dtype, sides):
@@ -110,10 +119,34 @@ def test_code_for_cuda_is_valid(product, dtype, sides):
     assert code.count("scf.for") == 1
 
 
+class GPU:
+    """What of a device is asked."""
+
+    platform = "gpu"
+
+    def __init__(self, capability, version="cuda 13000"):
+        self.compute_capability = capability
+        self.client = types.SimpleNamespace(platform_version=version)
+
+
+def compute_on(monkeypatch, *devices):
+    monkeypatch.setattr(grouped, "_devices", lambda: devices)
+
+
 @pytest.fixture
 def on_gpu(monkeypatch):
-    """Traces as in a process that computes on a GPU."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    """Traces as in a process that computes on one H100."""
+    compute_on(monkeypatch, GPU("9.0"))
+
+
+def test_auto_by_kind_of_gpu(monkeypatch):
+    compute_on(monkeypatch, GPU("8.0"))
+    assert resolve_backend("auto") == resolve_backend("auto", "cuda") == "triton"
+    compute_on(monkeypatch, GPU("9.0"), GPU("7.5"))
+    assert resolve_backend("auto") == "ragged_dot"
+    assert is_dense("ragged_dot")
+    compute_on(monkeypatch, GPU("gfx942", version="rocm 70000"))
+    assert resolve_backend("auto") == resolve_backend("auto", "rocm") == "ragged_dot"
 
 
 @pytest.mark.usefixtures("on_gpu")
@@ -141,11 +174,32 @@ def test_results_vary_over_the_mesh_as_the_operands_do():
 
 
 @pytest.mark.usefixtures("on_gpu")
-def test_float64_is_refused_and_auto_has_loops_for_it():
+def test_integers_of_64_bits():
+    rows, weights = jnp.ones((5, 4)), jnp.ones((2, 4, 3))
+    sizes = jnp.array([1, 3], jnp.int32)
+
+    def step(backend, *operands):
+        return jax.grad(lambda *arrays: jnp.sum(grouped_matmul(*arrays, backend=backend)), (0, 1))(
+            *operands
+        )
+
+    want = step("loops", rows, weights, sizes)
+    with jax.enable_x64(True):
+        got = jax.jit(partial(step, "triton"))(rows, weights, sizes)
+        assert len(kernels(partial(step, "auto"), rows, weights, sizes)) == 2
+    for mine, exact in zip(got, want, strict=True):
+        np.testing.assert_array_equal(mine, exact)
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_other_dtypes_are_refused_and_auto_has_loops_for_them():
     with jax.enable_x64(True):
         rows, weights = jnp.ones((4, 2), jnp.float64), jnp.ones((2, 2, 3), jnp.float64)
         sizes = jnp.array([1, 3], jnp.int32)
-        with pytest.raises(ValueError, match=r'"triton" takes no float64; choose "loops"'):
+        with pytest.raises(ValueError, match=r'"triton" takes float32, .*, not float64; .*"loops"'):
             grouped_matmul(rows, weights, sizes, backend="triton")
         lowered = jax.jit(grouped_matmul).trace(rows, weights, sizes)
-        assert "ragged_dot" not in lowered.lower(lowering_platforms=("cuda",)).as_text()
+        text = lowered.lower(lowering_platforms=("cuda",)).as_text()
+    assert "stablehlo.while" in text
+    assert "ragged_dot" not in text
+    assert "triton" not in text

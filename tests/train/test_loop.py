@@ -22,7 +22,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from emoe_jax import sharding
 from emoe_jax.checkpoint import CheckpointError, Checkpoints
 from tests.train.tiny import lm_tree, mesh_of_one, vit_tree, write_corpus
-from train import loop
+from train import claim, loop
 from train.config import freeze, to_json
 from train.logs import RunLog, read_metrics
 from train.loop import train
@@ -327,6 +327,14 @@ def refused(tree, workdir, error, words, monkeypatch):
     with pytest.raises(error, match=words):
         train(tree, workdir)
     assert not (workdir / "config.json").exists()
+
+
+def test_a_folder_in_which_another_training_is_at_work_is_refused(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(claim, "PATIENCE_S", 0.0)
+    with claim.claim(tmp_path):
+        words = "in use by another training"
+        refused(lm_tree(finished.source), tmp_path, ValueError, words, monkeypatch)
+        assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
