@@ -248,13 +248,19 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def compile_together(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+def compile_together(
+    lowered: jax.stages.Lowered, options: dict[str, str | bool] | None = None
+) -> jax.stages.Compiled:
     """Compiles, and returns when all processes have.
 
     One that runs a program first waits for the others in its collectives, and on CPU gives up after
     30 seconds if they still compile.
+
+    Args:
+        lowered: the program.
+        options: of the compiler.
     """
-    compiled = lowered.compile()
+    compiled = lowered.compile(compiler_options=options)
     gather_texts("")
     return compiled
 

@@ -36,6 +36,7 @@ from train.provenance import identity
 from train.rescue import Rescue
 from train.run import Run, build, open_checkpoints
 from train.settle import calibrate, compile_forward, settle
+from train.step import compiler_options
 from train.telemetry import Meter
 from train.watchdog import Watchdog
 
@@ -403,4 +404,7 @@ def compile_train(run: Run, example: dict[str, np.ndarray]) -> Any:
     places = jax.tree.map(lambda leaf: leaf.sharding, run.abstract)
     step = jax.jit(run.steps.train, donate_argnums=0, out_shardings=(places, replicated(run.mesh)))
     batch = run.abstract_batch(example, run.config.batch)
-    return cluster.compile_together(step.lower(run.abstract, batch, jax.eval_shape(run.key)))
+    lowered = step.lower(run.abstract, batch, jax.eval_shape(run.key))
+    X = run.mesh.shape["expert"]
+    options = compiler_options(run.config.model, jax.default_backend(), X)
+    return cluster.compile_together(lowered, options)

@@ -17,6 +17,7 @@ from flax import serialization
 from jax.sharding import Mesh
 
 from emoe_jax.basis import is_basis, prepare_bases
+from emoe_jax.config import LMConfig, ViTConfig, moe_layers
 from emoe_jax.losses import cross_entropy
 from emoe_jax.metrics import routing_metrics
 from emoe_jax.models.stack import idle_places, update_router_state
@@ -118,6 +119,28 @@ def make_steps(
         return {"sums": sums | {"count": jnp.sum(_weights(batch))}, "aux": aux}
 
     return Steps(*(in_mesh(mesh, step) for step in (train_step, calibrate_step, evaluate_step)))
+
+
+def compiler_options(
+    model: LMConfig | ViTConfig, platform: str, devices: int
+) -> dict[str, str | bool]:
+    """What XLA is asked for beyond its defaults, for `jax.stages.Lowered.compile`.
+
+    libtpu runs an all-to-all to its end where it stands; chunks of an exchange can run beside each
+    other's products only if it begins one and waits for it later.
+
+    Args:
+        model: of the experiment.
+        platform: compiled for.
+        devices: of the mesh axis `expert`.
+    """
+    chunks = model.moe.exchange_chunks if any(moe_layers(model)) and devices > 1 else 1
+    if platform != "tpu" or chunks == 1:
+        return {}
+    return {
+        "xla_tpu_enable_async_all_to_all": True,
+        "xla_tpu_enable_async_ragged_all_to_all": True,
+    }
 
 
 def _gradients(

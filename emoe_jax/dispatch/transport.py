@@ -267,9 +267,14 @@ def ragged_window(plan: Sorted, room: int, turn: Array | int) -> Window:
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _ragged(length: int, rows: Array, going: Offsets, coming: Offsets) -> Array:
     """Rows [length,D] of what the peers send; zeros elsewhere. `coming` is the way back."""
-    out = jnp.zeros((length, rows.shape[1]), rows.dtype)
+    out = vary(jnp.zeros((length, rows.shape[1]), rows.dtype))
     native = partial(lax.ragged_all_to_all, axis_name=AXIS)
-    return lax.platform_dependent(rows, vary(out), *going, cpu=emulated_ragged, default=native)
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        return lax.platform_dependent(rows, out, *going, cpu=emulated_ragged, default=native)
+    # Where the mesh tells its devices: the other would leave a conditional around the exchange,
+    # and XLA starts nothing inside one while it computes outside.
+    return (emulated_ragged if device.platform == "cpu" else native)(rows, out, *going)
 
 
 def _ragged_forward(length: int, rows: Array, going: Offsets, coming: Offsets) -> Any:

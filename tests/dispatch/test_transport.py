@@ -300,3 +300,22 @@ def test_each_ragged_move_is_the_gradient_of_the_other(seed, turn):
     # <there x, y> = <x, back y>: the two are transposes, over all devices together.
     left, right = np.vdot(there.astype(float), cotangent), np.vdot(rows.astype(float), back)
     np.testing.assert_allclose(left, right, atol=1e-5)
+
+
+# --- lowering -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_mesh_that_tells_its_devices_leaves_no_conditional_around_an_exchange(known):
+    mesh = make_mesh(MeshConfig(data=1, expert=X), jax.devices()[:X]).abstract_mesh
+    if not known:
+        mesh = mesh.update(abstract_device=None)
+
+    def move(rows, sizes):
+        offsets = transport.Offsets(*(transport.vary(sizes) for _ in range(4)))
+        return transport._ragged(A, transport.vary(rows, BATCH_AXES), offsets, offsets)
+
+    specs = PartitionSpec(BATCH_AXES), PartitionSpec()
+    moved = jax.shard_map(move, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(AXES))
+    jaxpr = jax.make_jaxpr(moved)(jnp.ones((X * A, 3)), jnp.zeros(X, jnp.int32))
+    assert ("platform_index" in str(jaxpr)) is not known

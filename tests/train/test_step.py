@@ -1,5 +1,6 @@
 """The training step: what it computes does not depend on microbatches, mesh or padding."""
 
+import dataclasses
 import functools
 
 import chex
@@ -10,7 +11,7 @@ import pytest
 
 from emoe_jax import basis as bases
 from emoe_jax import sharding
-from emoe_jax.config import BASIS_METHODS
+from emoe_jax.config import BASIS_METHODS, LMConfig, MoEConfig
 from tests.train.tiny import vit_tree
 from tests.train.trainer import (
     EIGEN,
@@ -273,3 +274,24 @@ def test_evaluation_counts_only_what_is_scored():
     assert float(some["sums"]["loss"]) == pytest.approx(losses[scored].sum(), rel=1e-5)
     # Context that is not scored is still routed, and counted; padding is not.
     assert float(some["aux"]["0"].stats["tokens"][0]) == B * 13
+
+
+# --- compiler options -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "platform", "devices", "asked"),
+    [
+        ({"exchange_chunks": 2}, "tpu", 4, True),
+        ({"exchange_chunks": 1}, "tpu", 4, False),
+        ({"exchange_chunks": 2}, "tpu", 1, False),
+        ({"exchange_chunks": 2}, "gpu", 4, False),
+        ({"exchange_chunks": 2}, "cpu", 4, False),
+    ],
+)
+def test_chunks_on_tpu_ask_for_exchanges_that_are_not_waited_for(changes, platform, devices, asked):
+    model = LMConfig(depth=2, moe_every=1, moe=MoEConfig(experts=4, **changes))
+    options = step_module.compiler_options(model, platform, devices)
+    assert set(options.values()) == ({True} if asked else set())
+    dense = dataclasses.replace(model, moe_every=0, moe_blocks=())
+    assert step_module.compiler_options(dense, platform, devices) == {}

@@ -23,6 +23,7 @@ from train.config import ExperimentConfig
 from train.planning.memory import predict, weigh
 from train.planning.program import step_on
 from train.planning.topology import Topology, abstract_shape
+from train.step import compiler_options
 
 SCHEDULE = "*train_step*.after_optimizations_after_buffer_assignment.txt"
 BUFFERS = "*train_step*.after_optimizations-buffer-assignment.txt"
@@ -84,16 +85,16 @@ def compile_step(
         RuntimeError: the compiler failed.
     """
     lowered = traced.lower()
-    name = hashlib.sha256((topology.name + str(whole) + lowered.as_text()).encode()).hexdigest()[
-        :16
-    ]
+    what = topology.name, str(whole), str(_options(config, topology)), lowered.as_text()
+    name = hashlib.sha256("".join(what).encode()).hexdigest()[:16]
     folder = None if keep is None else keep / name
     if folder is not None and (folder / "compiled.json").is_file():
         return _read(folder)
     held = predict(config, weigh(config), abstract_shape(topology, config.mesh)).arguments
     if topology.chip.platform == "cpu" or whole:
         with tempfile.TemporaryDirectory() as dump:
-            done = _compile(lowered, pathlib.Path(dump), held)
+            options = _options(config, topology) | _dumping(dump)
+            done = _compile(lowered, pathlib.Path(dump), held, options)
     else:
         done = _apart(config, topology, held)
     if folder is not None:
@@ -101,11 +102,25 @@ def compile_step(
     return done
 
 
-def _compile(lowered: Any, dump: pathlib.Path, held: float) -> Compiled:
+def _options(config: ExperimentConfig, topology: Topology) -> dict[str, str | bool]:
+    """The compiler's in training."""
+    X = abstract_shape(topology, config.mesh)["expert"]
+    return compiler_options(config.model, topology.chip.platform, X)
+
+
+def _dumping(folder: str) -> dict[str, str | bool]:
+    """Options by which the compiler writes what it does into a folder.
+
+    Programs with asynchronous collectives of libtpu cannot be printed by jaxlib.
+    """
+    return {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+
+
+def _compile(
+    lowered: Any, dump: pathlib.Path, held: float, options: dict[str, str | bool]
+) -> Compiled:
     """A whole compile in this process."""
     began = time.perf_counter()
-    # Programs with asynchronous collectives of libtpu cannot be printed by jaxlib, hence the dump.
-    options = {"xla_dump_to": str(dump), "xla_dump_hlo_as_text": True}
     try:
         done = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
@@ -125,7 +140,7 @@ def _compile(lowered: Any, dump: pathlib.Path, held: float) -> Compiled:
 def _in_child(config: ExperimentConfig, topology: Topology, dump: str) -> None:
     """The child process: compiles, and writes what went wrong."""
     jax.config.update("jax_platforms", "cpu")
-    options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
+    options = _options(config, topology) | _dumping(dump)
     try:
         step_on(config, topology).lower().compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:

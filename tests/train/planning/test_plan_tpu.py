@@ -1,6 +1,7 @@
 """Plans compiled for TPUs that nobody holds: memory by formula against the compiler's."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -54,10 +55,10 @@ CASES = {
 }
 
 
-def case(name):
+def case(name, changes=()):
     """A topology of as many chips as the mesh has, and the configuration on it."""
     tree = get_config()
-    update(tree, SMALL | {"mesh.fsdp": 1, "mesh.expert": 1} | CASES[name])
+    update(tree, SMALL | {"mesh.fsdp": 1, "mesh.expert": 1} | CASES[name] | dict(changes))
     place = parse("v5p:2x2x2" if name == "tensor" else "v5p:2x2x1")
     return place, planned(freeze(tree), "tpu", place.devices)
 
@@ -69,6 +70,42 @@ def test_memory_by_formula_is_within_a_tenth_of_the_compilers(name):
     memory = predict(config, weigh(config), abstract_shape(place, config.mesh))
     assert compiled.arguments == pytest.approx(memory.arguments, rel=0.01)
     assert memory.total == pytest.approx(compiled.total, rel=0.1)
+
+
+def inside(schedule, kind):
+    """For each exchange of a kind: what the program does while it is under way.
+
+    Those of further rounds, in loops of their own, are left out.
+    """
+    begun, found = {}, []
+    lines = schedule.splitlines()
+    for number, line in enumerate(lines):
+        begin = re.match(rf"\s*%({kind}-start[\w.]*) = ", line)
+        if begin:
+            begun[begin[1]] = number
+        end = re.match(rf"\s*%{kind}-done[\w.]* = .* async-done\(%([\w.-]+)\)", line)
+        if end and "shard_map/closed_call/while" not in line:
+            found.append("\n".join(lines[begun[end[1]] + 1 : number]))
+    return found
+
+
+@pytest.mark.parametrize("exchange", ["all_to_all", "ragged_all_to_all"])
+def test_chunks_are_exchanged_while_experts_compute(exchange):
+    kind = exchange.replace("_", "-")
+    place, config = case("exchange", {"moe.exchange": exchange, "moe.exchange_chunks": 2})
+    schedule = compile_step(step_on(config, place), config, place, keep=None).schedule
+    beside = inside(schedule, kind)
+    assert len(beside) >= 6
+    assert sum("ragged_dot_general" in each for each in beside) >= 1
+    # No conditional stands around an exchange.
+    assert " conditional(" not in schedule
+
+
+def test_one_chunk_is_left_to_the_compilers_defaults():
+    place, config = case("exchange")
+    schedule = compile_step(step_on(config, place), config, place, keep=None).schedule
+    assert inside(schedule, "all-to-all") == []
+    assert " all-to-all(" in schedule
 
 
 def test_a_whole_compile_says_what_the_buffer_assignment_says():
