@@ -157,8 +157,8 @@ class MoEConfig:
         on_overflow: what happens to tokens that find no room: "exact" sends them in further rounds,
             "drop" drops and counts them.
         exchange_chunks: parts into which a device's tokens are cut, so that one part's exchange can
-            run beside another's products; on TPU if the program is compiled with asynchronous
-            all-to-alls, as `train` does.
+            run beside another's products; on TPU only if the program is compiled with asynchronous
+            all-to-alls, as the training step of `train` is, and its scheduler makes use of them.
         activation: "swiglu" (three matrices) or "gelu" (two, exact GELU).
         bias: whether experts have biases.
         shared_hidden: hidden width of an expert that takes every token, 0 for none.

@@ -25,9 +25,10 @@ PATIENCE_S = 120.0
 def claim(workdir: pathlib.Path) -> Iterator[None]:
     """Holds a run's folder, for all processes of this run; every one of them calls it.
 
-    Among trainings whose process 0 is on one machine: the lock is on a file of that machine. One in
-    the folder would be on a network's file system, which may keep the lock of a machine that is
-    gone, and then nothing could go on from its checkpoints.
+    Among trainings of one user whose process 0 is on one machine: the lock is on a file among the
+    machine's temporary ones. One in the folder would be on a network's file system, which may keep
+    the lock of a machine that is gone, and then nothing could go on from its checkpoints. Where no
+    lock can be had it says so and goes on.
 
     Args:
         workdir: an existing folder.
@@ -35,32 +36,37 @@ def claim(workdir: pathlib.Path) -> Iterator[None]:
     Raises:
         ValueError: another training holds it and does not end; on all processes.
     """
-    lock = filelock.FileLock(lock_file(workdir))
-    cluster.together(lambda: _take(lock, workdir) if cluster.is_first() else None)
-    try:
+    with contextlib.ExitStack() as held:
+        cluster.together(lambda: _take(held, workdir) if cluster.is_first() else None)
         yield
-    finally:
-        lock.release()
 
 
 def lock_file(workdir: pathlib.Path) -> pathlib.Path:
     """The file of a run's folder, in this machine's folder of temporary files."""
-    name = hashlib.sha256(os.fsencode(workdir.resolve())).hexdigest()[:16]
+    name = hashlib.sha256(os.fsencode(os.path.realpath(workdir))).hexdigest()[:16]
     user = getattr(os, "getuid", int)()  # Windows has folders of its own for every user's
     return pathlib.Path(tempfile.gettempdir()) / f"emoe_jax-{user}-{name}.lock"
 
 
-def _take(lock: filelock.BaseFileLock, workdir: pathlib.Path) -> None:
-    with contextlib.suppress(filelock.Timeout):
-        lock.acquire(timeout=0)
-        return
-    LOGGER.warning(
-        "another training is at work in %s; waiting up to %g s for its end", workdir, PATIENCE_S
-    )
+def _take(held: contextlib.ExitStack, workdir: pathlib.Path) -> None:
+    file = lock_file(workdir)
     try:
-        lock.acquire(timeout=PATIENCE_S)
+        _wait(held, file, workdir)
     except filelock.Timeout:
         raise ValueError(
             f"--workdir={workdir} is in use by another training on this machine, which has not"
             f" ended within {PATIENCE_S:g} s; stop it, or give another folder"
         ) from None
+    except (OSError, NotImplementedError) as error:
+        LOGGER.warning("cannot lock %s: a second training would go unnoticed (%s)", file, error)
+
+
+def _wait(held: contextlib.ExitStack, file: pathlib.Path, workdir: pathlib.Path) -> None:
+    lock = filelock.FileLock(file)
+    with contextlib.suppress(filelock.Timeout):
+        held.enter_context(lock.acquire(timeout=0))
+        return
+    LOGGER.warning(
+        "another training is at work in %s; waiting up to %g s for its end", workdir, PATIENCE_S
+    )
+    held.enter_context(lock.acquire(timeout=PATIENCE_S))

@@ -151,7 +151,7 @@ def _try_exchange(run: Run) -> None:
     moe, spread = run.config.model.moe, run.mesh.shape["expert"] > 1
     used = spread and moe.dispatch != "dense" and any(moe_layers(run.config.model))
     if used and moe.exchange == "ragged_all_to_all" and jax.default_backend() != "cpu":
-        check_exchange(moe, run.mesh)
+        check_exchange(moe, run.mesh, _compiler_options(run))
 
 
 def _start(run: Run) -> Tree:
@@ -405,6 +405,9 @@ def compile_train(run: Run, example: dict[str, np.ndarray]) -> Any:
     step = jax.jit(run.steps.train, donate_argnums=0, out_shardings=(places, replicated(run.mesh)))
     batch = run.abstract_batch(example, run.config.batch)
     lowered = step.lower(run.abstract, batch, jax.eval_shape(run.key))
-    X = run.mesh.shape["expert"]
-    options = compiler_options(run.config.model, jax.default_backend(), X)
-    return cluster.compile_together(lowered, options)
+    return cluster.compile_together(lowered, _compiler_options(run))
+
+
+def _compiler_options(run: Run) -> dict[str, str | bool]:
+    """Those of the training step."""
+    return compiler_options(run.config.model, jax.default_backend(), run.mesh.shape["expert"])

@@ -127,12 +127,13 @@ def compiler_options(
     """What XLA is asked for beyond its defaults, for `jax.stages.Lowered.compile`.
 
     libtpu runs an all-to-all to its end where it stands; chunks of an exchange can run beside each
-    other's products only if it begins one and waits for it later.
+    other's products only if it begins one and waits for it later. That it then does is up to its
+    scheduler: 0.0.52 does (docs/performance.md).
 
     Args:
         model: of the experiment.
         platform: compiled for.
-        devices: of the mesh axis `expert`.
+        devices: on the mesh axis `expert`.
     """
     chunks = model.moe.exchange_chunks if any(moe_layers(model)) and devices > 1 else 1
     if platform != "tpu" or chunks == 1:

@@ -26,7 +26,9 @@ TOLERANCE = 1e-5
 """Of the largest magnitude; the trial's products are float32."""
 
 
-def check_exchange(config: MoEConfig, mesh: Mesh) -> None:
+def check_exchange(
+    config: MoEConfig, mesh: Mesh, compiler_options: dict[str, str | bool] | None = None
+) -> None:
     """Compares an exchange with gathering all tokens: outputs and gradients of a small layer.
 
     Loads are uneven, and the room is small enough for a second round.
@@ -34,6 +36,7 @@ def check_exchange(config: MoEConfig, mesh: Mesh) -> None:
     Args:
         config: of the layer; its exchange, chunks, E and K are tried.
         mesh: the devices.
+        compiler_options: those of the program that shall exchange so.
 
     Raises:
         RuntimeError: the results differ.
@@ -41,7 +44,10 @@ def check_exchange(config: MoEConfig, mesh: Mesh) -> None:
     trial = dataclasses.replace(config, buffer_factor=0.75, on_overflow="exact")
     oracle = dataclasses.replace(config, exchange="all_gather")
     arguments = _arguments(config, mesh)
-    results = [_run(each, mesh, arguments) for each in (trial, oracle)]
+    results = [
+        _run(trial, mesh, arguments, compiler_options),
+        _run(oracle, mesh, arguments, None),
+    ]
     # Compared where they lie: no process of several holds all of them.
     worst = float(jax.jit(_largest_gap, out_shardings=replicated(mesh))(*results))
     # Written so that NaN fails.
@@ -75,7 +81,12 @@ def _arguments(config: MoEConfig, mesh: Mesh) -> tuple[Array, ...]:
     return jax.jit(draw, out_shardings=(rows, rows, rows, held))()
 
 
-def _run(config: MoEConfig, mesh: Mesh, arguments: tuple[Array, ...]) -> Any:
+def _run(
+    config: MoEConfig,
+    mesh: Mesh,
+    arguments: tuple[Array, ...],
+    options: dict[str, str | bool] | None,
+) -> Any:
     """Outputs, and gradients of tokens, gates and matrices."""
 
     def apply(weights: dict[str, Array], rows: Array, sizes: Array) -> Array:
@@ -93,7 +104,8 @@ def _run(config: MoEConfig, mesh: Mesh, arguments: tuple[Array, ...]) -> Any:
 
     tokens, experts, gates, matrices = arguments
     graded = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
-    (_, out), gradients = jax.jit(in_mesh(mesh, graded))(tokens, gates, matrices, experts)
+    program = jax.jit(in_mesh(mesh, graded), compiler_options=options)
+    (_, out), gradients = program(tokens, gates, matrices, experts)
     return out, gradients
 
 

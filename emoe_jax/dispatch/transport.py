@@ -272,8 +272,9 @@ def _ragged(length: int, rows: Array, going: Offsets, coming: Offsets) -> Array:
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is None:
         return lax.platform_dependent(rows, out, *going, cpu=emulated_ragged, default=native)
-    # Where the mesh tells its devices: the other would leave a conditional around the exchange,
-    # and XLA starts nothing inside one while it computes outside.
+    # Where the mesh tells its devices, for which the program must then be lowered: the other way
+    # leaves a conditional around the exchange, and XLA starts nothing inside one while it computes
+    # outside.
     return (emulated_ragged if device.platform == "cpu" else native)(rows, out, *going)
 
 

@@ -81,8 +81,8 @@ def is_dense(backend: str, platform: str | None = None) -> bool:
 
 
 def _devices() -> list[jax.Device]:
-    """The devices that this process computes on unless it is told otherwise."""
-    return jax.local_devices()
+    """The devices of all processes, so that all choose the same kernel."""
+    return jax.devices()
 
 
 def _default_platform() -> str:
@@ -147,7 +147,7 @@ def grouped_matmul(rows: Array, weights: Array, sizes: Array, *, backend: str = 
         [M,F] in the rows' dtype.
 
     Raises:
-        ValueError: unknown backend, or one that is not there or not for float64, or shapes or
+        ValueError: unknown backend, or one that is not there or not for this dtype, or shapes or
             dtypes that do not fit together.
     """
     resolve_backend(backend)

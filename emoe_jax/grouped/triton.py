@@ -59,8 +59,8 @@ def _depth(length: float, dtype: jnp.dtype) -> int:
 
 
 def _ends(sizes: Array, M: int) -> Array:
-    """Where each group's rows end; inside the M rows whatever sizes say: a GPU checks no bounds."""
-    return jnp.minimum(jnp.cumsum(jnp.maximum(sizes, 0), dtype=jnp.int32), M)
+    """Where each group's rows end: inside the M rows, as a GPU checks no bounds."""
+    return jnp.minimum(jnp.cumsum(jnp.clip(sizes, 0, M), dtype=jnp.int32), M)
 
 
 def _cdiv(count: Array, size: int) -> Array:

@@ -29,3 +29,8 @@ def test_an_exchange_that_mixes_rows_up_is_refused(monkeypatch):
     monkeypatch.setattr(transport, "emulated_ragged", wrong)
     with pytest.raises(RuntimeError, match=r"'ragged_all_to_all' gives wrong numbers.*all_to_all'"):
         check_exchange(CONFIG, mesh())
+
+
+def test_the_trial_is_compiled_as_the_program_will_be():
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
+        check_exchange(CONFIG, mesh(), {"no_such_option": True})

@@ -1,20 +1,24 @@
 """A run's folder belongs to one training at a time."""
 
+import errno
 import logging
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 
+import filelock
 import pytest
 
 from train import claim
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch):
+def impatient(monkeypatch, tmp_path_factory):
     monkeypatch.setattr(claim, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("locks")))
 
 
 def test_second_training_is_refused_and_the_next_is_not(tmp_path):
@@ -46,11 +50,11 @@ def test_waits_for_a_training_that_ends(tmp_path, monkeypatch, caplog):
     def first():
         with claim.claim(tmp_path):
             begun.set()
-            end.wait()
+            end.wait(timeout=60)
 
     training = threading.Thread(target=first)
     training.start()
-    begun.wait()
+    assert begun.wait(timeout=60)
     # It ends once the second has said that it waits.
     handler = logging.Handler()
     handler.emit = lambda record: end.set()
@@ -78,8 +82,23 @@ def test_a_training_that_is_killed_lets_go(tmp_path):
         with claim.claim(pathlib.Path({os.fspath(tmp_path)!r})):
             os._exit(9)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False)
+    environ = os.environ | {"TMPDIR": tempfile.gettempdir()}
+    run = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(run, env=environ, check=False)
     assert done.returncode == 9
     assert claim.lock_file(tmp_path).exists()
     with claim.claim(tmp_path):
         pass
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError()]
+)
+def test_goes_on_where_no_lock_can_be_had(tmp_path, monkeypatch, caplog, error):
+    def acquire(self, **_):
+        raise error
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+    with caplog.at_level(logging.WARNING), claim.claim(tmp_path):
+        pass
+    assert f"cannot lock {claim.lock_file(tmp_path)}" in caplog.text
