@@ -196,8 +196,8 @@ def nan_pixel(batch):
     return batch | {"images": images}
 
 
-def compile_fast(lowered):
-    return lowered.compile(compiler_options=FAST_COMPILE)
+def compile_fast(lowered, options=None):
+    return lowered.compile(compiler_options=FAST_COMPILE | (options or {}))
 
 
 class KilledError(BaseException):
