@@ -63,6 +63,11 @@ def _ends(sizes: Array, M: int) -> Array:
     return jnp.minimum(jnp.cumsum(jnp.clip(sizes, 0, M), dtype=jnp.int32), M)
 
 
+def _starts(ends: Array) -> Array:
+    """Where each group's rows start: where those before it end."""
+    return jnp.append(jnp.int32(0), ends[:-1])
+
+
 def _cdiv(count: Array, size: int) -> Array:
     """Quotient rounded up, in int32 also where JAX's integers have 64 bits."""
     return (count + jnp.int32(size - 1)) // jnp.int32(size)
@@ -79,7 +84,7 @@ def _row_tiles(sizes: Array, M: int, block: int) -> tuple[Array, Array, Array]:
         tile is none. Each [tiles] int32.
     """
     ends = jnp.append(_ends(sizes, M), jnp.int32(M))
-    starts = jnp.append(jnp.int32(0), ends[:-1])
+    starts = _starts(ends)
     tiles = _cdiv(ends - starts, block)
     tile_ends = jnp.cumsum(tiles, dtype=jnp.int32)
     tile = jnp.arange(M // block + min(len(ends), M), dtype=jnp.int32)
@@ -147,10 +152,9 @@ def _columns(left: Array, right: Array, sizes: Array, *, interpret: bool) -> Arr
     D, F = left.shape[1], right.shape[1]
     height, side = _side(D), _side(F)
     ends = _ends(sizes, M)
-    starts = jnp.append(jnp.int32(0), ends[:-1])
     kernel = partial(_columns_kernel, (height, side, _depth(M / E, left.dtype)))
     grid = pl.cdiv(F, side), pl.cdiv(D, height), E
-    return _call(kernel, grid, (E, D, F), (left, right, starts, ends), interpret=interpret)
+    return _call(kernel, grid, (E, D, F), (left, right, _starts(ends), ends), interpret=interpret)
 
 
 def _columns_kernel(
