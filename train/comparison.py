@@ -14,6 +14,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from emoe_jax.config import require
+from emoe_jax.routers.offset import curvature
 
 Rows = list[dict[str, Any]]
 
@@ -116,17 +117,20 @@ def bootstrap_interval(
 
 
 def noise_floor(experts: int, chosen: int, tokens: float) -> float:
-    """MaxVio of a perfectly fair random assignment, about sqrt(2 ln E · E/(T K)).
+    """Expected MaxVio of a fair random assignment: every token to K of E experts, all sets alike.
 
-    The largest of E nearly normal loads of relative deviation sqrt(E/(T K)) lies about sqrt(2 ln E)
-    deviations above the mean.
+    Loads over their mean are nearly normal with variance (E - K)/(T K), and sum to E. So they are
+    independent normals of variance E (E - K)/((E - 1) T K) less their mean, and the largest lies as
+    far above 1 as the largest of E such normals is expected to: that of E standard ones is E times
+    the mean density of one at the largest of the others, by parts, which is `curvature(E, 1)`.
 
     Args:
-        experts: E.
+        experts: E, at least 2.
         chosen: K.
-        tokens: T.
+        tokens: T, independent of each other.
     """
-    return math.sqrt(2 * math.log(experts) * experts / (tokens * chosen))
+    E, K, T = experts, chosen, tokens
+    return curvature(E, 1) * math.sqrt(E * (E - K) / ((E - 1) * T * K))
 
 
 def compare(results: Sequence[Mapping[str, Any]], baseline: str) -> Rows:

@@ -368,14 +368,17 @@ def check_unchanged(workdir: pathlib.Path, tree: config_dict.ConfigDict) -> None
 
 
 def check_same(result: Result, tree: config_dict.ConfigDict) -> None:
-    """Refuses a result, from `read_results`, of another configuration; data may lie elsewhere.
+    """Refuses a result, from `read_results`, of another configuration.
+
+    Data may lie elsewhere, and evaluations before the last, which change no weights, may have been
+    more or fewer.
 
     Raises:
         ValueError: names the keys that differ.
     """
     _refuse_changes(
         f"--results has {result['variant']}, seed {result['seed']}, of",
-        result["config"],
+        dict(result["config"]) | {"eval_every": tree.eval_every},
         tree,
         "set these keys back, or leave --results out",
     )

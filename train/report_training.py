@@ -266,7 +266,8 @@ def bases(log: Log, routing: Log, now: Layers, album: Album, router: str) -> Sec
             "How much of the tokens' variance the basis holds, and how it changes, a line a layer."
             " Good: energy high or rising; drift that falls towards 0, as the basis settles (it is"
             " counted from the last checkpoint, so it starts anew there); orthonormality error"
-            " below 1e-4."
+            " below 1e-4. A basis of as many directions as the tokens have spans their whole space:"
+            " its energy is 1 and it does not drift."
         )
         blocks.append(album.add("basis", partial(figures.curves, panels), caption))
     if "drift" not in lines:

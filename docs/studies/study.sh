@@ -8,11 +8,12 @@
 # TASK_tuned.json, CELL.json with all numbers, CELL.txt with the tables, and runs/. Stopped and
 # started again it goes on where it was, also in a folder that holds the JSON files alone, such as
 # docs/studies/results. SEEDS=2 makes fewer seeds than five, STAGE=routers leaves the controls to a
-# later start. Cells of different tasks may be made at the same time.
+# later start, STAGE=more adds those of gates and settling. Cells of different tasks may be made at
+# the same time.
 set -euo pipefail
 
 if [ $# -eq 0 ]; then
-  sed -n '2,11p' "$0" | cut -c3- >&2
+  sed -n '2,12p' "$0" | cut -c3- >&2
   exit 2
 fi
 folder=$(realpath -m "$1")
@@ -30,9 +31,9 @@ for cell in "${cells[@]}"; do
 done
 stage=${STAGE:-all}
 case $stage in
-  routers | all) ;;
+  routers | all | more) ;;
   *)
-    echo "STAGE=$stage: it is routers or all" >&2
+    echo "STAGE=$stage: it is routers, all or more" >&2
     exit 2
     ;;
 esac
@@ -44,20 +45,21 @@ text=(--config.model.width=96 --config.data.sequence_length=256 --config.batch=8
 routers=whitened,softmax_offset,loss_free,switch,softmax,eigen
 # whitened with one part left out or its basis made smaller, at the option for which it was tuned. At
 # width 96 its own basis spans the whole space, and so does not move.
-controls=no_offset,no_whitening,fixed_rank_E,rank_E,rank_2E
+controls=loss_free_softmax,no_offset,no_whitening,fixed_rank_E,rank_E,rank_2E
 # Other gates: what the cost of a swap owes to them. More settling: what noise of batches is left.
-controls=loss_free_softmax,$controls,renormalized,sigmoid,softmax_offset_sigmoid,settle_300
+# The rate with which loss_free balances best, where that of the lowest loss is another.
+more=renormalized,sigmoid,softmax_offset_sigmoid,settle_300,loss_free_fast
 e32=(--config.moe.experts=32 --config.moe.top_k=2 --config.moe.hidden=96)
 e8=(--config.moe.experts=8 --config.moe.top_k=1 --config.moe.hidden=192)
 
 mkdir -p "$folder"
 for cell in "${cells[@]}"; do
-  task=${cell%_*} names=$routers evaluated=300
+  task=${cell%_*} names=$routers
   case $task in
     fashion)
       # Unaugmented: the held-out images are not, and routers balance what they are trained on.
       flags=(--config=configs/vit_fashion_mnist.py --config.batch=64 --config.data.flip=False)
-      names=$names,expert_choice evaluated=150
+      names=$names,expert_choice
       ;;
     sotu) flags=(--config=configs/lm_sotu.py "${text[@]}" --config.data.vocab_size=1024) ;;
     bytes) flags=(--config=configs/lm_sotu.py "${text[@]}" --config.data.tokenizer=bytes
@@ -75,17 +77,20 @@ for cell in "${cells[@]}"; do
       --options=docs/studies/controls.json
     cp "$folder/runs/$task/tuned.json" "$tuned"
   fi
+  variants=docs/studies/controls.json
   case $cell in
-    *_e8) flags+=("${e8[@]}") ;;
-    *)
-      flags+=("${e32[@]}")
-      if [ "$stage" = all ]; then names=$names,$controls; fi
+    *_e8)
+      flags+=("${e8[@]}")
+      variants=$variants,docs/studies/controls_e8.json # whose ranks are other numbers
       ;;
+    *) flags+=("${e32[@]}") ;;
   esac
+  if [ "$stage" != routers ]; then names=$names,$controls; fi
+  if [ "$stage" = more ]; then names=$names,$more; fi
   known=()
   if [ -f "$results" ]; then known=("--results=$results"); fi
-  python -m train.compare "${flags[@]}" --config.eval_every=$evaluated "${known[@]}" \
+  python -m train.compare "${flags[@]}" --config.eval_every=100 "${known[@]}" \
     --workdir="$folder/runs/$cell" --routers="$names" --seeds="${SEEDS:-5}" --baseline=whitened \
-    --options="docs/studies/controls.json,$tuned" --json="$results" > "$folder/$cell.txt.new"
+    --options="$variants,$tuned" --json="$results" > "$folder/$cell.txt.new"
   mv "$folder/$cell.txt.new" "$folder/$cell.txt"
 done

@@ -62,21 +62,26 @@ def rates(updates: Array, progress: Array) -> Rates:
     """ρ = max(ρ₀ + a/4, 1/(n+1)) and η = max(η₀ + a/5, 0.5/(1 + n/10)), a = (1 + cos π·progress)/2.
 
     The first updates average over all so far; then both follow a cosine, as learning rates do. When
-    the weights no longer move, the m-th batch has ρ₀/(1 + ρ₀m) for ρ₀ and η₀/(1 + η₀m) for η₀: a
-    mean over these batches, in which what was before counts as 1/ρ₀ and 1/η₀ batches.
+    the weights no longer move, the m-th batch has ρ = ρ₀/(1 + ρ₀m), a mean over these batches in
+    which what was before counts as 1/ρ₀, and η = η₀/(1 + η₀m/2): towards 2/m steps of Newton's,
+    as loads follow an offset by less than `curvature` says where many tokens are alike, and steps
+    of a/m forget where they began as m^-a of the true slope does (Robbins and Monro 1951).
 
     Args:
         updates: n [...] float32, updates so far.
         progress: [] float32, as of `Router.update`; m = progress - 1.
     """
-    after = jnp.maximum(progress - 1.0, 0.0)
     cosine = 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
-    statistics = STATISTICS_RATE / (1.0 + STATISTICS_RATE * after)
-    offset = OFFSET_RATE / (1.0 + OFFSET_RATE * after)
-    return Rates(
-        jnp.maximum(statistics + 0.25 * cosine, 1.0 / (updates + 1.0)),
-        jnp.maximum(offset + 0.2 * cosine, 0.5 / (1.0 + 0.1 * updates)),
+    training = Rates(
+        jnp.maximum(STATISTICS_RATE + 0.25 * cosine, 1.0 / (updates + 1.0)),
+        jnp.maximum(OFFSET_RATE + 0.2 * cosine, 0.5 / (1.0 + 0.1 * updates)),
     )
+    after = progress - 1.0
+    settling = Rates(
+        STATISTICS_RATE / (1.0 + STATISTICS_RATE * after),
+        OFFSET_RATE / (1.0 + 0.5 * OFFSET_RATE * after),
+    )
+    return Rates(*(jnp.where(after > 0.0, *pair) for pair in zip(settling, training, strict=True)))
 
 
 @functools.lru_cache
@@ -146,6 +151,18 @@ def usable(tokens: Array, real: Array) -> Array:
     return real & jnp.isfinite(jnp.sum(jnp.square(tokens), axis=-1))
 
 
+FAR = 100.0
+"""Deviations beyond which statistics take a token, or a score, to be that far and no further. One
+that is a million times the others would else be all that a layer's state knows, for as long as a
+running mean takes to forget it. What moves all tokens is followed within a few steps."""
+
+
+def reach(variance: Array, updates: Array) -> Array:
+    """`FAR` deviations, the shape of a running variance; no limit where it knows of none yet."""
+    known = (variance > 0.0) & (updates > 0.0)
+    return jnp.where(known, FAR * jnp.sqrt(variance), jnp.inf)
+
+
 def choose_by_offset(
     scores: Array,
     offset: Array,
@@ -198,7 +215,8 @@ class SoftmaxOffsetRouter(Router):
     """A linear softmax router, its scores standardised per expert, balanced by the offset.
 
     s = (h W - m)/sqrt(v) with running mean m and variance v of each expert's scores. The control of
-    the whitened router: it has everything of it but the basis and the whitening.
+    the whitened router: gates, temperature, offset, rates, calibration and settling are the same,
+    and in place of its basis, whitening and orthonormal directions stands a free linear map.
 
     Attributes:
         kernel: W [D,E].
@@ -237,7 +255,8 @@ class SoftmaxOffsetRouter(Router):
         good = usable(h, context.mask.reshape(-1))
         raw = linear(jnp.where(good[:, None], h, 0.0), self.kernel[...]) - self.mean[...][None, :]
         raw = jnp.where(good[:, None], raw, 0.0)
-        seen = lax.stop_gradient(raw)
+        far = reach(self.variance[...], self.updates[...])[None, :]
+        seen = jnp.clip(lax.stop_gradient(raw), -far, far)
         return choose_by_offset(
             raw * lax.rsqrt(self.variance[...] + 1e-9)[None, :],
             self.offset[...],

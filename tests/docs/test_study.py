@@ -72,9 +72,21 @@ def test_a_study_goes_on_from_its_files(tmp_path):
     (second,) = commands(tmp_path, "fashion_e32")
     assert (flag(first[1], "seeds"), flag(second, "seeds")) == ("2", "5")
     assert flag(second, "results") == f"{tmp_path}/fashion_e32.json"
-    assert set(flag(first[1], "routers").split(",")) < set(flag(second, "routers").split(","))
+    (more,) = commands(tmp_path, "fashion_e32", STAGE="more")
+    names = [set(flag(words, "routers").split(",")) for words in (first[1], second, more)]
+    assert names[0] < names[1] < names[2]
     (eight,) = commands(tmp_path, "fashion_e8")
     assert f"{tmp_path}/fashion_tuned.json" in flag(eight, "options")
+
+
+@pytest.mark.parametrize(("cell", "experts"), [("fashion_e8", 8), ("fashion_e32", 32)])
+def test_ranks_of_controls_are_in_numbers_of_experts(tmp_path, cell, experts):
+    words = commands(tmp_path, cell)[-1]
+    files = [name for name in flag(words, "options").split(",") if name.startswith("docs/")]
+    known = read_options([str(ROOT / name) for name in files])
+    for variant in choose(["fixed_rank_E", "rank_E", "rank_2E"], known):
+        factor = 2 if variant.name == "rank_2E" else 1
+        assert variant.options["moe.basis.rank"] == factor * experts
 
 
 @pytest.mark.parametrize("cell", ["fashion", "digits_e8", "sotu_e16"])

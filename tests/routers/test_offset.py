@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from emoe_jax import pure
 from emoe_jax.config import MoEConfig, RouterConfig
 from emoe_jax.metrics import max_violation
-from emoe_jax.routers import Context, RouterState, make_router
+from emoe_jax.routers import Context, RouterState, make_router, router_class
 from emoe_jax.routers.offset import (
     SoftmaxOffsetRouter,
     accept,
@@ -20,6 +20,7 @@ from emoe_jax.routers.offset import (
     curvature,
     move_offset,
     rates,
+    reach,
 )
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -70,11 +71,13 @@ def test_rates_average_at_first_and_follow_a_cosine_later():
     assert float(middle.offset) == pytest.approx(0.05 + 0.1)
 
 
-def test_rates_after_training_weigh_each_batch_alike():
-    # With what was before as 1/0.05 = 20 batches, the fifth of these is a 25th of the mean.
-    fifth = rates(jnp.float32(1e6), jnp.float32(1 + 5))
-    assert float(fifth.offset) == pytest.approx(1 / 25)
+@pytest.mark.parametrize("updates", [12, 310, 1e6])
+def test_rates_after_training_are_those_of_a_mean(updates):
+    # What was before counts as 1/0.03 batches in the mean, after the shortest training too; the
+    # offset starts from 1/0.05 = 20 and takes twice the step.
+    fifth = rates(jnp.float32(updates), jnp.float32(1 + 5))
     assert float(fifth.statistics) == pytest.approx(1 / (1 / 0.03 + 5))
+    assert float(fifth.offset) == pytest.approx(2 / (2 * 20 + 5))
 
 
 def test_the_offset_falls_for_the_busy_and_rises_for_the_idle():
@@ -181,6 +184,12 @@ def test_a_layer_that_saw_nothing_or_no_number_keeps_its_state():
     chex.assert_trees_all_equal(kept["updates"], jnp.array([1.0, 0.0, 0.0]))
 
 
+def test_statistics_reach_a_hundred_deviations_and_without_limit_where_none_is_known():
+    variance = jnp.array([4.0, 0.0])
+    chex.assert_trees_all_equal(reach(variance, jnp.ones(())), jnp.array([200.0, jnp.inf]))
+    chex.assert_trees_all_equal(reach(variance, jnp.zeros(())), jnp.full((2,), jnp.inf))
+
+
 # --- the linear router ----------------------------------------------------------------------------
 
 
@@ -233,3 +242,36 @@ def test_a_bad_token_is_routed_as_the_mean_and_not_counted(bad):
     assert float(routing.stats["counted"]) == 2.0
     new = SoftmaxOffsetRouter.update(config(), train_state(router), routing.stats, START)
     chex.assert_tree_all_finite(new)
+
+
+@pytest.mark.parametrize("far", [1e3, 1e8, 1e15])
+def test_one_far_token_is_soon_forgotten(far):
+    some, tokens = config(), draw((200, D))
+    spoilt = tokens.at[3].mul(far)
+    state = after_updates(some, [tokens] * 3 + [spoilt] + [tokens] * 3)
+    clean = after_updates(some, [tokens] * 7)
+    # Of 200 scores one counts as 100 deviations: at a rate of 0.28 at most 14 variances.
+    assert np.all(np.asarray(state["variance"]) < 20 * np.asarray(clean["variance"]))
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_what_moves_all_tokens_is_followed(scale):
+    some, tokens = config(), draw((200, D))
+    state = after_updates(some, [tokens] * 3 + [scale * tokens + scale] * 100)
+    clean = after_updates(some, [scale * tokens + scale] * 100)
+    chex.assert_trees_all_close(state["variance"], clean["variance"], rtol=1e-3)
+
+
+def after_updates(some, batches):
+    """The state after an update by each of the batches."""
+    graph, params, state = pure.split(make_router(some, D, rngs=nnx.Rngs(0)))
+    context = Context(jnp.ones((1, batches[0].shape[0]), bool))
+
+    @jax.jit
+    def move(state, tokens):
+        stats = graph.bind(params, state)(tokens, context).stats
+        return router_class(some.router).update(some, state, stats, START)
+
+    for tokens in batches:
+        state = move(state, tokens)
+    return state

@@ -71,13 +71,23 @@ def test_the_bootstrap_of_many_values_is_near_the_normal_interval():
     assert high == pytest.approx(mean + half, abs=0.1 * half)
 
 
-def test_the_noise_floor_is_what_a_fair_draw_shows():
-    # E=8, K=1, T=8192: sqrt(2 ln 8 · 8 / 8192) = 0.0637.
-    floor = noise_floor(8, 1, 8192)
-    assert floor == pytest.approx(0.0637, abs=1e-4)
-    loads = np.random.default_rng(0).multinomial(8192, [1 / 8] * 8, size=500)
-    seen = (loads.max(axis=1) / 1024 - 1).mean()
-    assert 0.6 * floor < seen < floor
+@pytest.mark.parametrize(
+    ("experts", "chosen", "tokens"), [(8, 1, 8192), (32, 2, 2048), (8, 4, 512)]
+)
+def test_the_noise_floor_is_what_a_fair_draw_shows(experts, chosen, tokens):
+    rng = np.random.default_rng(0)
+    seen = []
+    for _ in range(300):
+        drawn = np.argpartition(rng.random((tokens, experts)), chosen, axis=1)[:, :chosen]
+        load = np.bincount(drawn.ravel(), minlength=experts)
+        seen.append(load.max() / load.mean() - 1)
+    assert noise_floor(experts, chosen, tokens) == pytest.approx(np.mean(seen), rel=0.05)
+
+
+def test_the_noise_floor_of_two_experts_is_half_the_distance_of_two_normals():
+    # T=100 coins: the larger share has a mean excess of E|Z| / sqrt(T), and E|Z| = sqrt(2/pi).
+    assert noise_floor(2, 1, 100) == pytest.approx(math.sqrt(2 / math.pi) / 10, rel=1e-6)
+    assert noise_floor(4, 4, 100) == 0.0  # every expert takes every token
 
 
 def test_differences_are_taken_seed_by_seed():

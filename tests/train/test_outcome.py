@@ -8,7 +8,7 @@ import pytest
 
 from tests.train.tiny import lm_tree, vit_tree
 from train import outcome, run
-from train.comparison import FAMILIES
+from train.comparison import FAMILIES, noise_floor
 from train.config import experiment, freeze, to_json
 
 
@@ -59,8 +59,8 @@ def test_floors_count_the_tokens_that_are_routed(tmp_path, one_device):
     tree = vit_tree(model={"pooling": "class"}, moe={"experts": 4, "top_k": 2})
     # 8×8 digits in patches of 4: four patches and the class token; batches of 8.
     floors = outcome.floors(run.build(freeze(tree), tmp_path))
-    assert floors["batch_max_vio_floor"] == pytest.approx(math.sqrt(2 * math.log(4) * 4 / (40 * 2)))
-    assert floors["max_vio_floor"] == pytest.approx(math.sqrt(2 * math.log(4) * 4 / (360 * 5 * 2)))
+    assert floors["batch_max_vio_floor"] == noise_floor(4, 2, 40)
+    assert floors["max_vio_floor"] == noise_floor(4, 2, 360 * 5)
 
 
 def test_the_fingerprint_is_that_of_all_weights_but_the_routers(finished, one_device):
