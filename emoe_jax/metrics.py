@@ -89,8 +89,9 @@ def routing_metrics(stats: dict[str, Array]) -> dict[str, Array]:
         Values [...]: `max_vio`, `cv`, `entropy`, `dead`, `drop_fraction` (of the assignments),
         `drop_at_capacity` (of the assignments, what `capacity_factor` leaves no slot in its batch),
         `overflow_fraction` (of the exchanges between devices; 0 where there is none),
-        `gate` (mean of the largest gate of a token), `energy` (eigenbasis routers); and `load`
-        [...,E] shares.
+        `gate` (mean of the largest gate of a token), `energy` (eigenbasis routers), `left_out` (of
+        the tokens, what is too large for a router's running statistics); and `load` [...,E]
+        shares.
     """
     load = stats["load"]
     metrics = {
@@ -106,4 +107,7 @@ def routing_metrics(stats: dict[str, Array]) -> dict[str, Array]:
     }
     if "z_sum" in stats:
         metrics["energy"] = energy_captured(stats)
+    if "counted" in stats:
+        left_out = stats["tokens"] - stats["counted"]
+        metrics["left_out"] = left_out / jnp.maximum(stats["tokens"], 1.0)
     return metrics

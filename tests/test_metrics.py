@@ -118,6 +118,17 @@ def test_routing_metrics_of_stacked_layers():
         chex.assert_trees_all_close(alone, stacked, rtol=1e-6)
 
 
+def test_tokens_that_statistics_leave_out_are_told():
+    common = dict.fromkeys(("gate", "dropped", "overflows", "exchanges", "beyond_capacity"), 0.0)
+    common["load"] = jnp.ones((2,))
+    told = [
+        routing_metrics(common | {"tokens": jnp.float32(tokens), "counted": jnp.float32(counted)})
+        for tokens, counted in ((8, 6), (8, 8), (0, 0))
+    ]
+    assert [float(metrics["left_out"]) for metrics in told] == [0.25, 0.0, 0.0]
+    assert "left_out" not in routing_metrics(common | {"tokens": jnp.float32(8)})
+
+
 def test_drops_of_a_batch_by_hand():
     # Twelve assignments to four experts, room for ceil(1.25 * 3) = 4 each: 2 of 6 and 1 of 5 drop.
     load = jnp.array([[6.0, 5.0, 1.0, 0.0], [3.0, 3.0, 3.0, 3.0]])

@@ -87,6 +87,8 @@ class AlarmConfig:
         max_vio: MaxVio over the last 100 steps.
         orthonormality: orthonormality error of a basis.
         drops: fraction of the assignments that were dropped.
+        left_out: fraction of the tokens that a router's running statistics leave out, because the
+            square of their length is no finite number.
         loss_spike: by how many times its spread over the last 100 steps a loss exceeds their
             median, see `telemetry.Spikes`. Of 18,799 logged losses of 57 runs with several routers,
             on text and images, 2 were above 8 and 10 above 4.
@@ -96,11 +98,12 @@ class AlarmConfig:
     max_vio: float = 1.0
     orthonormality: float = 1e-4
     drops: float = 0.05
+    left_out: float = 0.0
     loss_spike: float = 8.0
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        for name in ("dead", "max_vio", "orthonormality", "drops", "loss_spike"):
+        for name in ("dead", "max_vio", "orthonormality", "drops", "left_out", "loss_spike"):
             value = getattr(self, name)
             require(value >= 0, f"alarm.{name}={value} is below zero")
 

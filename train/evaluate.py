@@ -171,7 +171,9 @@ def print_evaluation(
     else:
         where = "held-out data"
         print(f"step {step}: held out {_heldout_result(run, scalars, loss)}")
-    shown = [{k: v for k, v in row.items() if k != "load"} for row in rows]
+    # Tokens that no statistics can hold are news, and none of them is not.
+    hidden = {"load"} | {k for k in ("left_out",) if not any(row.get(k) for row in rows)}
+    shown = [{k: v for k, v in row.items() if k not in hidden} for row in rows]
     for row, full in zip(shown, rows, strict=True):
         row["largest load"] = max(full["load"])
         row["smallest load"] = min(full["load"])

@@ -161,6 +161,7 @@ class Alarms:
             "max_vio_window": config.max_vio,
             "orthonormality_error": config.orthonormality,
             "drop_fraction": config.drops,
+            "left_out": config.left_out,
         }
         self.on: set[tuple[str, str]] = set()
 

@@ -3,30 +3,38 @@
 Prints what becomes of each bar that `whitened` is measured by in files that `docs/studies/study.sh`
 wrote, and for each file a table of all variants. Differences are to `whitened`, seed by seed, with
 Student's 95 % intervals. A bar is met by the mean over seeds unless it names an interval.
+
+With --between=METRIC,A,B it prints METRIC of variant A less that of variant B instead, one line a
+file; both are named as in the tables, metrics as in `train.comparison.FAMILIES`. --seeds=0,1,2
+leaves all other seeds out.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import pathlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from train.comparison import compare
+from scipy.special import stdtr, stdtrit
+
+from emoe_jax.config import require
+from train.comparison import LEVEL, compare
 from train.outcome import read_results
 
 Row = dict[str, Any]
 Table = dict[tuple[str, str], Row]
 
 OURS, CONTROL = "whitened", "softmax_offset"
-RIVALS = ("switch", "loss_free", "expert_choice")
+RIVALS = ("switch", "loss_free", "loss_free_softmax", "expert_choice")
 """Whose losses and experts the bars compare ours with; the last is in studies of images alone."""
 
 
-def read(path: str) -> Table:
-    """The summary of a study's runs, by variant and metric."""
-    return {(row["variant"], row["metric"]): row for row in compare(read_results(path), OURS)}
+def read(path: str, baseline: str = OURS, seeds: Sequence[int] = ()) -> Table:
+    """The summary of a study's runs, by variant and metric; of some seeds, or of all."""
+    results = [run for run in read_results(path) if not seeds or run["seed"] in seeds]
+    return {(row["variant"], row["metric"]): row for row in compare(results, baseline)}
 
 
 def lines(table: Table) -> list[str]:
@@ -88,6 +96,32 @@ def in_percent(table: Table, name: str) -> str:
     return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}] %"
 
 
+def p_value(row: Row) -> float:
+    """Returns p of Student's paired test that a difference is zero; NaN of a single pair."""
+    freedom = row["pairs"] - 1
+    half = (row["difference_t_high"] - row["difference_t_low"]) / 2
+    if not half > 0:
+        return math.nan
+    t = abs(row["difference"]) / half * float(stdtrit(freedom, 0.5 + LEVEL / 2))
+    return float(2 * stdtr(freedom, -t))
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """P values of several tests, corrected for how many they are (Holm 1979); NaN is no test."""
+    tests = [number for number, value in enumerate(values) if not math.isnan(value)]
+    corrected, least = list(values), 0.0
+    for rank, number in enumerate(sorted(tests, key=values.__getitem__)):
+        least = max(least, min(1.0, (len(tests) - rank) * values[number]))
+        corrected[number] = least
+    return corrected
+
+
+def best_rival(table: Table) -> str:
+    """The rival with the lowest mean loss."""
+    rivals = [name for name in RIVALS if (name, "loss") in table]
+    return min(rivals, key=lambda name: float(table[name, "loss"]["mean"]))
+
+
 class Bar(NamedTuple):
     """A bar, what was measured, and whether it is met; the control has none."""
 
@@ -106,7 +140,7 @@ def bars(table: Table) -> list[Bar]:
         return ", ".join(f"not of {name}" for name in which) or "all"
 
     rivals = [name for name in RIVALS if (name, "loss") in table]
-    best = min(rivals, key=lambda name: value(name, "loss"))
+    best = best_rival(table)
     share = difference(table, best, "loss", 100 / value(best, "loss"))
     vio, worst = value(OURS, "max_vio"), value(OURS, "max_vio_worst")
     mean, low, high = difference(table, "loss_free", "batch_max_vio")
@@ -163,18 +197,54 @@ def overview(cells: Mapping[str, Table]) -> list[str]:
     seeds = [str(table[OURS, "loss"]["runs"]) for table in cells.values()]
     rows = [["bar", *cells], ["---"] * (1 + len(cells)), ["seeds", *seeds]]
     rows += [[what, *(shown(found[cell].get(what)) for cell in cells)] for what in whats]
+    for what, other in (("control", lambda _: CONTROL), ("best rival", best_rival)):
+        pairs = [table.get((other(table), "loss")) for table in cells.values()]
+        if all(pairs):
+            values = [p_value(row) for row in pairs if row]
+            both = [f"{p:.3f} ({q:.3f})" for p, q in zip(values, holm(values), strict=True)]
+            rows.append([f"p of the difference to the {what}'s loss (Holm)", *both])
     return ["| " + " | ".join(row) + " |" for row in rows]
 
 
-def main(paths: Sequence[str]) -> None:
-    """Prints the overview, and each cell."""
-    cells = {pathlib.Path(path).stem: read(path) for path in paths}
+def between(cells: Mapping[str, Table], metric: str, name: str, other: str) -> list[str]:
+    """What a metric of one variant is less that of another, a line a cell."""
+    out = []
+    for cell, table in cells.items():
+        for variant in (name, other):
+            has = ", ".join(key[0] for key in table if key[1] == metric) or "no variant"
+            known = (variant, metric) in table
+            require(known, f"{cell} has no {metric} of {variant}; it has that of {has}")
+        row = table[name, metric]
+        ends = f"{row['difference_t_low']:+.4f}, {row['difference_t_high']:+.4f}"
+        what = f"{row['difference']:+.4f} [{ends}], {row['pairs']} seeds"
+        out.append(f"{cell}: {metric} of {name} less that of {other}: {what}")
+    return out
+
+
+def main() -> None:
+    """Prints the overview and each cell, or a difference."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", nargs="+", help="results of cells")
+    parser.add_argument("--between", default="", metavar="METRIC,A,B")
+    parser.add_argument("--seeds", default="", metavar="N,N...")
+    args = parser.parse_args()
+    seeds = [int(seed) for seed in args.seeds.split(",") if seed]
+    if args.between and args.between.count(",") != 2:
+        parser.error(f"--between={args.between} is not METRIC,A,B, such as loss,whitened,switch")
+    baseline = args.between.split(",")[2] if args.between else OURS
+    cells = {pathlib.Path(path).stem: read(path, baseline, seeds) for path in args.files}
+    if args.between:
+        try:
+            print(*between(cells, *args.between.split(",")), sep="\n")
+        except ValueError as error:
+            parser.error(str(error))
+        return
     print(*overview(cells), sep="\n")
     for cell, table in cells.items():
         print("", f"### {cell}", "", *lines(table), "", *map(verdict, bars(table)), sep="\n")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
-    main(sys.argv[1:])
+    main()

@@ -9,8 +9,18 @@ import subprocess
 import sys
 
 import pytest
+from scipy.stats import ttest_1samp
 
-from docs.studies.summary import bars, lines, overview, read, verdict
+from docs.studies.summary import (
+    bars,
+    between,
+    holm,
+    lines,
+    overview,
+    p_value,
+    read,
+    verdict,
+)
 from tests.train.test_outcome import ROW
 from tests.train.tiny import lm_tree
 from train.config import to_json
@@ -173,3 +183,39 @@ def test_the_overview_has_a_column_a_cell_and_marks_what_is_missed(tmp_path):
     assert vio == ["0.000, 0.000", "**0.250, 0.000**"]
     control = [cell.strip() for cell in rows["loss less that of softmax_offset"]]
     assert control == ["", "-40.00 [-40.00, -40.00] %"]
+    # Twice -1.0: no spread, so no test.
+    p = [cell.strip() for cell in rows["p of the difference to the best rival's loss (Holm)"]]
+    assert p == ["nan (nan)", "nan (nan)"]
+
+
+def test_p_is_that_of_the_paired_test(tmp_path):
+    table = read(results(tmp_path, {"whitened": [1.0, 1.1, 1.2], "switch": [1.3, 1.2, 1.4]}))
+    expected = ttest_1samp([0.3, 0.1, 0.2], 0.0).pvalue
+    assert p_value(table["switch", "loss"]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_of_several_tests_each_is_corrected_and_their_order_kept():
+    # 3 · 0.01; 2 · 0.03; 0.05, but no less than the one before it.
+    assert holm([0.03, 0.01, 0.05]) == pytest.approx([0.06, 0.03, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_a_difference_between_two_variants_over_some_seeds(tmp_path):
+    losses = {"whitened": [1.0, 1.0, 9.0], "switch": [1.5, 1.7, 9.0], "loss_free": [1.0, 1.0]}
+    file = results(tmp_path, losses)
+    (told,) = between({"a": read(file, "whitened", (0, 1))}, "loss", "switch", "whitened")
+    # 0.5 and 0.7: Student's t of one degree of freedom is 12.7, times 0.1.
+    assert told == ("a: loss of switch less that of whitened: +0.6000 [-0.6706, +1.8706], 2 seeds")
+    with pytest.raises(ValueError, match="a has no loss of soft; it has that of whitened, switch"):
+        between({"a": read(file)}, "loss", "soft", "whitened")
+
+
+def test_the_pages_have_the_tables_of_the_files():
+    names = [*sorted(STUDY.glob("results/*_e32.json")), *sorted(STUDY.glob("results/*_e8.json"))]
+    cells = {path.stem: read(str(path)) for path in names}
+    page = (ROOT / "docs/routing.md").read_text()
+    assert "\n".join(overview(cells)) in page
+    tables = (STUDY / "README.md").read_text()
+    for cell, table in cells.items():
+        told = ["", f"### {cell}", "", *lines(table), "", *map(verdict, bars(table)), ""]
+        assert "\n".join(told) in tables

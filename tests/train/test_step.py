@@ -11,7 +11,7 @@ import pytest
 
 from emoe_jax import basis as bases
 from emoe_jax import sharding
-from emoe_jax.config import BASIS_METHODS, LMConfig, MoEConfig
+from emoe_jax.config import BASIS_METHODS, BASIS_ROUTERS, LMConfig, MoEConfig
 from tests.train.tiny import vit_tree
 from tests.train.trainer import (
     EIGEN,
@@ -27,10 +27,15 @@ from tests.train.trainer import (
 from train import step as step_module
 from train.step import microbatches
 
+ROUTERS = ["loss_free", "eigen", "whitened", "learned", "softmax_offset", "random"]
+
 
 @functools.cache
 def trainer(router, accumulate=1):
-    moe = EIGEN if router == "eigen" else {"router": router}
+    # With rank 8 of width 16 a basis moves.
+    moe = EIGEN | {"router": router} if router in BASIS_ROUTERS else {"router": router}
+    if router == "learned":
+        moe = EIGEN | {"router": "whitened", "routing": {"subspace": "learned"}}
     return Trainer(small_tree(moe, accumulate=accumulate))
 
 
@@ -40,13 +45,13 @@ def trained(router, accumulate=1):
     return trainer(router, accumulate).run([text_batch(i) for i in range(3)])
 
 
-@pytest.mark.parametrize("router", ["loss_free", "eigen", "whitened", "random"])
+@pytest.mark.parametrize("router", ROUTERS)
 def test_four_microbatches_equal_one_batch(router):
     state, history = trained(router)
     other, others = trained(router, 4)
     chex.assert_trees_all_close(other["params"], state["params"], rtol=1e-5, atol=1e-6)
     # Whitening divides by small eigenvalues, which rounding moves by more of themselves.
-    slack = 1e-5 if router == "whitened" else 0
+    slack = 1e-5 if router in ("whitened", "learned") else 0
     chex.assert_trees_all_close(other["router"], state["router"], rtol=1e-5, atol=slack)
     # Slots are counted in each microbatch, which has its own load.
     alike = [jax.tree.map(lambda leaf: leaf, each) for each in (*history, *others)]
