@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from emoe_jax import devices
 from emoe_jax.layers import LayerNorm, Linear, RMSNorm, rotate
 
 Array = jax.Array
@@ -158,8 +159,10 @@ def attend(
     """
     if implementation == "auto":
         implementation = choose_attention(
-            query.shape, query.dtype, jax.default_backend(), jax.device_count()
+            query.shape, query.dtype, devices.platform(), jax.device_count()
         )
+        if implementation == "cudnn" and not devices.has_tensor_cores():
+            implementation = "xla"
     if implementation == "heads_first":
         return _heads_first(query, key, value, segments, causal)
     if implementation == "splash":

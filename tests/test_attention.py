@@ -1,6 +1,7 @@
 """Attention and its kernels: by the formula, with gradients; what is seen; decoding."""
 
 import math
+import types
 from functools import partial
 
 import chex
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from emoe_jax import devices
 from emoe_jax.attention import Attention, _splash, attend, choose_attention
 from emoe_jax.layers import RMSNorm
 
@@ -163,3 +165,23 @@ def test_splash_equals_xla(causal):
 )
 def test_auto_takes_the_kernel_of_the_platform(S, dim, dtype, platform, expected):
     assert choose_attention((2, S, 4, dim), dtype, platform) == expected
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "kernel"),
+    [("cuda 13000", "9.0", "cudnn"), ("cuda 13000", "7.5", "xla"), ("rocm 70000", "gfx942", "xla")],
+)
+def test_flash_attention_is_for_gpus_that_have_it(version, capability, kernel, monkeypatch):
+    client = types.SimpleNamespace(platform_version=version)
+    gpu = types.SimpleNamespace(platform="gpu", compute_capability=capability, client=client)
+    monkeypatch.setattr(devices, "all_devices", lambda: [gpu])
+    seen = []
+
+    def spy(query, *rest, implementation, **more):
+        seen.append(implementation)
+        return query
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", spy)
+    query = jnp.ones((1, 4, 2, 8), jnp.bfloat16)
+    attend(query, query, query, None, True, "auto")
+    assert seen == [kernel]

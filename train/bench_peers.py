@@ -98,9 +98,16 @@ def _operands(shape: Shape) -> tuple[Weights, np.ndarray]:
 
 
 def _results(layer: Mapping[str, Step]) -> tuple[np.ndarray, np.ndarray]:
-    """Outputs and the gradient of the tokens."""
-    out, gradient = layer["forward"](), layer["step"]()
-    return np.asarray(out, np.float32), np.asarray(gradient, np.float32)
+    """Outputs and the gradient of the tokens, on the host, which no time includes."""
+    out, gradient = (_on_host(layer[part]()) for part in ("forward", "step"))
+    return out, gradient
+
+
+def _on_host(result: Any) -> np.ndarray:
+    if isinstance(result, jax.Array):
+        return np.asarray(result, np.float32)
+    array: np.ndarray = result.detach().float().cpu().numpy()  # a tensor of PyTorch
+    return array
 
 
 def _apart(mine: tuple[np.ndarray, ...], ours: tuple[np.ndarray, ...]) -> float:
@@ -125,7 +132,8 @@ def _ours(shape: Shape, weights: Weights, tokens: np.ndarray) -> dict[str, Step]
     )
     layer = MoE(config, shape.D, dtype=shape.dtype, rngs=nnx.Rngs(0))
     graph, _, state = pure.split(layer)
-    experts = {name: jnp.asarray(weights[name]) for name in ("w_gate", "w_up", "w_down")}
+    # As the others have them: no time includes a cast of the weights.
+    experts = {n: jnp.asarray(weights[n], shape.dtype) for n in ("w_gate", "w_up", "w_down")}
     params = {"router": {"kernel": jnp.asarray(weights["router"])}, "experts": experts}
 
     def forward(params: Any, tokens: Array) -> Array:
@@ -213,18 +221,18 @@ def _transformers(
         if device == "cuda":
             torch.cuda.synchronize()
 
-    def forward() -> np.ndarray:
+    def forward() -> Any:
         with torch.no_grad():
             out = block(x)
         wait()
-        return out.float().cpu().numpy()
+        return out
 
-    def step() -> np.ndarray:
+    def step() -> Any:
         block.zero_grad(set_to_none=True)
         x.grad = None
         block(x).square().sum(dtype=torch.float32).backward()
         wait()
-        return x.grad.float().cpu().numpy()
+        return x.grad
 
     return {"forward": forward, "step": step}
 

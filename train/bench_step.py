@@ -3,7 +3,8 @@
 - The step as it trains, with its model FLOP utilisation where the device's peak is known.
 - What routing telemetry costs: the same step where no routing metrics are asked for, so that the
   compiler leaves out whatever only they need; and the time that writing a logged step takes.
-- The data pipeline alone: the next batch, read and placed on the devices.
+- The data pipeline alone: batches read and placed on the devices one after the other, once those
+  that its threads had ready are gone.
 - The memory that the compiled step takes, against parameters, optimizer and kept activations by the
   formulas of `train.planning.memory`.
 
@@ -36,6 +37,10 @@ Tree = Any
 
 PARTS = ("step", "bare", "log", "data")
 
+READY, BATCHES = 32, 32
+"""Batches that are left out, as threads had them or what they are made of ready, and those that are
+timed."""
+
 
 def step(config: ExperimentConfig, repeats: int) -> list[Row]:
     """Times the training step of an experiment on the devices at hand.
@@ -46,11 +51,12 @@ def step(config: ExperimentConfig, repeats: int) -> list[Row]:
 
     Returns:
         One row: milliseconds (median, least and most over rounds) of a step (`step_`), of one
-        without routing metrics (`bare_`), of writing a logged step (`log_`) and of a batch
-        (`data_`); `telemetry`, the share of a step that routing metrics and logs take at the
-        configuration's `log_every`; `data_factor`, a step over a batch; tokens or images
-        `per_second`; `mfu`, of devices whose peak is known; bytes of one device: `peak_bytes` of
-        the compiled step, `counted_bytes` by formula, and their ratio `memory_ratio`.
+        without routing metrics (`bare_`), of writing a logged step (`log_`) and of a batch where
+        nothing was ready before (`data_`); `telemetry`, the share of a step that routing metrics
+        and logs take at the configuration's `log_every`; `data_factor`, a step over a batch; tokens
+        or images `per_second`; `mfu`, of devices whose peak is known; bytes of one device:
+        `peak_bytes` of the compiled step, `counted_bytes` by formula, and their ratio
+        `memory_ratio`.
 
     Raises:
         ValueError: the experiment is impossible.
@@ -84,10 +90,8 @@ class _Trial:
     def round(self) -> dict[str, float]:
         """Seconds of each part, each done once."""
         self.number += 1
-        began = time.perf_counter()
-        batch = self.run.to_devices(next(self.batches), self.run.config.batch)
-        jax.block_until_ready(batch)
-        times = {"data": time.perf_counter() - began}
+        batch, seconds = self._read()
+        times = {"data": seconds}
         # By turns one of them comes first.
         for name in sorted(self.compiled, reverse=bool(self.number % 2)):
             compiled = self.compiled[name]
@@ -101,6 +105,16 @@ class _Trial:
             self.meter.see(self.number, self.metrics)
         self.meter.log(self.number, self.metrics, self.states["step"], self.log)
         return times | {"log": time.perf_counter() - began}
+
+    def _read(self) -> tuple[Tree, float]:
+        """A batch on the devices, and the seconds of one where the pipeline sets the pace."""
+        for _ in range(READY):
+            next(self.batches)
+        began = time.perf_counter()
+        for _ in range(BATCHES):
+            batch = self.run.to_devices(next(self.batches), self.run.config.batch)
+        jax.block_until_ready(batch)
+        return batch, (time.perf_counter() - began) / BATCHES
 
     def close(self) -> None:
         """Ends the data pipeline and the log."""

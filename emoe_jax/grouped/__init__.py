@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from emoe_jax import devices
 from emoe_jax.grouped import loops, native, ragged
 from emoe_jax.grouped.products import Product
 
@@ -61,7 +62,7 @@ def resolve_backend(name: str, platform: str | None = None) -> str:
         raise ValueError(f"There are no native grouped products here: {native.missing()}.")
     if name != "auto":
         return name
-    platform = platform or _default_platform()
+    platform = platform or devices.platform()
     if platform == "cpu":
         return _on_cpu()
     return _on_cuda() if platform in ("gpu", "cuda") else "ragged_dot"
@@ -77,20 +78,7 @@ def is_dense(backend: str, platform: str | None = None) -> bool:
         backend: what `resolve_backend` returned.
         platform: as there.
     """
-    return backend == "ragged_dot" and (platform or _default_platform()) != "tpu"
-
-
-def _devices() -> list[jax.Device]:
-    """The devices of all processes, so that all choose the same kernel."""
-    return jax.devices()
-
-
-def _default_platform() -> str:
-    """Their platform, with AMD's GPUs by their own name: JAX calls both kinds "gpu"."""
-    device = _devices()[0]
-    if device.platform == "gpu" and "rocm" in device.client.platform_version.lower():
-        return "rocm"
-    return device.platform
+    return backend == "ragged_dot" and (platform or devices.platform()) != "tpu"
 
 
 def _on_cpu() -> str:
@@ -99,19 +87,16 @@ def _on_cpu() -> str:
     All branches are traced, also those that are not lowered, and to trace "native" compiles it: in
     a process that computes elsewhere it is not worth that.
     """
-    return "native" if _default_platform() == "cpu" and not native.missing() else "loops"
+    return "native" if devices.platform() == "cpu" and not native.missing() else "loops"
 
 
 def _on_cuda() -> str:
     """What "auto" is where a program is lowered for CUDA.
 
-    "triton" needs the tensor cores of compute capability 8. And it is for processes whose default
-    devices are such GPUs: JAX 0.11 cannot lower it elsewhere.
+    "triton" needs tensor cores. And it is for processes whose default devices have them: JAX 0.11
+    cannot lower it elsewhere.
     """
-    if _default_platform() != "gpu":
-        return "ragged_dot"
-    capable = all(float(device.compute_capability) >= 8 for device in _devices())
-    return "triton" if capable else "ragged_dot"
+    return "triton" if devices.has_tensor_cores() else "ragged_dot"
 
 
 def grouped_matmul(rows: Array, weights: Array, sizes: Array, *, backend: str = "auto") -> Array:

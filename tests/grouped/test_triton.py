@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxlib.mlir import ir
 from jaxlib.triton import dialect as triton_dialect
 
-from emoe_jax import grouped
+from emoe_jax import devices
 from emoe_jax.grouped import grouped_matmul, is_dense, loops, resolve_backend, triton
 from emoe_jax.grouped.products import Product
 
@@ -129,8 +129,8 @@ class GPU:
         self.client = types.SimpleNamespace(platform_version=version)
 
 
-def compute_on(monkeypatch, *devices):
-    monkeypatch.setattr(grouped, "_devices", lambda: devices)
+def compute_on(monkeypatch, *those):
+    monkeypatch.setattr(devices, "all_devices", lambda: those)
 
 
 @pytest.fixture
