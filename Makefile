@@ -13,6 +13,7 @@ ARGS ?=
 train: $(VENV)/.train
 	$(BIN)/python -m train --config=$(CONFIG) --workdir=$(WORKDIR) $(ARGS)
 
+# EMOE_TEST_OPTIMIZED=1 make test compiles programs as training does: twice the time.
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
 

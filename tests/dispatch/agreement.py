@@ -50,13 +50,6 @@ TIED = ("softmax", "switch")
 MARGIN = 1e-3
 SHARE = 2e-5
 
-# A quarter of the time to compile; the programs are too small for their own speed to matter.
-FAST_COMPILE: dict[str, bool | int] = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_parallel_codegen_split_count": 1,
-}
-if jax.__version_info__ < (0, 11):  # later compilers do not know it
-    FAST_COMPILE["xla_cpu_use_fusion_emitters"] = False
 
 OPTIONS = {
     "eigen": RouterConfig(orthogonality_weight=0.1),
@@ -198,7 +191,7 @@ def oracle(routers: tuple[str, ...], top_k: int, shape: str) -> tuple[Any, Any, 
     """Parameters, state, and the compiled step of the dense layer on one device."""
     config = layer_config(routers[0], top_k, dispatch="dense")
     split, params, state = make_layer(routers, config)
-    step = jax.jit(make_step(routers, config, split), compiler_options=FAST_COMPILE)
+    step = jax.jit(make_step(routers, config, split))
     return params, state, step
 
 
@@ -225,7 +218,6 @@ def on_mesh(case: Case) -> Step:
         in_mesh(mesh, make_step(case.routers, config, split)),
         in_shardings=(where, whole, rows),
         out_shardings=dict.fromkeys(names, whole) | {"params": where},
-        compiler_options=FAST_COMPILE,
     )
 
     def placed(params: Any, state: Any, batch: dict[str, np.ndarray]) -> dict[str, Any]:

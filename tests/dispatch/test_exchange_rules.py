@@ -1,7 +1,7 @@
 """What exchanges drop where asked to, what they refuse, and where the layer does without one."""
 
 import re
-from functools import cache, partial
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from emoe_jax.dispatch import exchange, transport
 from emoe_jax.dispatch.exchange import choose_exchange
 from emoe_jax.experts import apply_experts
 from emoe_jax.sharding import MeshConfig, make_mesh
-from tests.dispatch.agreement import FAST_COMPILE, SHARE, draw
+from tests.dispatch.agreement import SHARE, draw
 
 X, E, T, K, D, F = 4, 8, 24, 2, 4, 4
 A = T // X * K
@@ -31,7 +31,7 @@ def four_devices():
 
 def on(mesh, function):
     """The function, compiled for the devices of a mesh."""
-    jitted = jax.jit(function, compiler_options=FAST_COMPILE)
+    jitted = jax.jit(function)
 
     def run(*args):
         with jax.set_mesh(mesh):
@@ -71,7 +71,7 @@ def dropping(name, factor):
     return on(mesh, gradient)
 
 
-@partial(jax.jit, compiler_options=FAST_COMPILE)
+@jax.jit
 def by_hand(tokens, gates, weights, experts, target, kept):
     """The same by every expert on every token, with the gates of what is not kept at zero."""
 
@@ -159,7 +159,7 @@ def step(layer, mesh=None):
         return jnp.sum(jnp.square(out.astype(jnp.float32) - 1)), (out, aux.stats)
 
     run = jax.value_and_grad(loss, (0, 1), has_aux=True)
-    jitted = jax.jit(run, compiler_options=FAST_COMPILE) if mesh is None else on(mesh, run)
+    jitted = jax.jit(run) if mesh is None else on(mesh, run)
     return lambda tokens: jitted(params, tokens)
 
 

@@ -1,5 +1,6 @@
 """Products compiled for the processor, across the edges of their blocks, against numpy."""
 
+import functools
 import importlib.metadata
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -48,7 +49,12 @@ def multiply(product, rows, weights, cotangent, sizes):
         Product.TRANSPOSE: (cotangent, weights),
         Product.COLUMNS: (rows, cotangent),
     }[product]
-    return jax.jit(partial(native.multiply, product))(left, right, jnp.asarray(sizes, jnp.int32))
+    return jitted(product)(left, right, jnp.asarray(sizes, jnp.int32))
+
+
+@functools.cache
+def jitted(product):
+    return jax.jit(partial(native.multiply, product))
 
 
 @pytest.mark.parametrize("product", Product, ids=lambda product: product.value)

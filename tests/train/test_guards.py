@@ -14,8 +14,7 @@ import pytest
 from emoe_jax import sharding
 from emoe_jax.checkpoint import Checkpoints
 from tests.train.tiny import mesh_of_one, vit_tree
-from tests.train.trainer import FAST_COMPILE
-from train import cluster, guards, loop, study
+from train import guards, loop, study
 from train.config import freeze
 from train.data.vision import VisionData
 from train.guards import Diverged, Fault, Guard, Rollback, merged, position
@@ -196,10 +195,6 @@ def nan_pixel(batch):
     return batch | {"images": images}
 
 
-def compile_fast(lowered, options=None):
-    return lowered.compile(compiler_options=FAST_COMPILE | (options or {}))
-
-
 class KilledError(BaseException):
     pass
 
@@ -219,7 +214,6 @@ def trained():
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sharding, "make_mesh", mesh_of_one)
-            patch.setattr(cluster, "compile_together", compile_fast)
             patch.setattr(VisionData, "train_iterator", spoil)
             loop.train(vit_tree(**(KEYS | changes)), folder)
 

@@ -264,13 +264,13 @@ def test_a_killed_process_goes_on_and_its_losses_agree(finished, tmp_path):
     assert "resuming" in err
     assert "CheckpointManager" not in err  # what orbax tells of every file is not for the user
     assert "Traceback" not in err
-    # Another executable than the test's own process has, so equal to rounding.
-    assert losses(workdir) == pytest.approx(losses(finished.workdir), rel=1e-5)
+    # Compiled as users' programs are, where the test's own process is not: equal to rounding.
+    assert losses(workdir) == pytest.approx(losses(finished.workdir), rel=1e-4)
 
 
 def start(config, workdir):
     arguments = [f"--config={config}", f"--workdir={workdir}"]
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = os.environ | {"XLA_FLAGS": ""}
     return subprocess.Popen(
         [sys.executable, "-m", "train", *arguments],
         cwd=ROOT,

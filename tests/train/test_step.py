@@ -15,7 +15,6 @@ from emoe_jax.config import BASIS_METHODS, BASIS_ROUTERS, LMConfig, MoEConfig
 from tests.train.tiny import vit_tree
 from tests.train.trainer import (
     EIGEN,
-    FAST_COMPILE,
     OPTIM,
     B,
     S,
@@ -189,7 +188,7 @@ def test_one_pull_back_equals_plain_differentiation():
     state, _ = trainer("eigen", 4).run([batch])
     model, start = trainer("eigen", 4).model, trainer("eigen", 4).fresh
 
-    @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+    @jax.jit
     @jax.grad
     def gradient(params):
         weights = (batch["segments"] > 0).astype(np.float32)
@@ -211,7 +210,7 @@ def test_the_state_is_donated():
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(new))
 
 
-@pytest.mark.parametrize("router", ["loss_free", "eigen", "whitened", "random"])
+@pytest.mark.parametrize("router", ["loss_free", "eigen", "whitened", "softmax_offset", "random"])
 def test_what_padding_holds_changes_nothing(router):
     padded = []
     for i in range(3):
@@ -246,7 +245,7 @@ def test_images_have_accuracy_and_count_every_row():
     own = Trainer(vit_tree(optim=OPTIM))
     batch = image_batch()
 
-    @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+    @jax.jit
     def plain(state):
         logits, _ = own.model.bind(state["params"], state["router"])(batch["images"])
         return logits, jax.nn.log_softmax(logits)
@@ -264,7 +263,7 @@ def test_evaluation_counts_only_what_is_scored():
     scored = np.zeros((B, S), bool)
     scored[:4, 3:7] = True
 
-    @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+    @jax.jit
     def plain(state):
         lm = own.model.bind(state["params"], state["router"])
         logits, _ = lm(batch["tokens"], positions=batch["positions"], segments=batch["segments"])
@@ -272,7 +271,7 @@ def test_evaluation_counts_only_what_is_scored():
 
     logs = np.asarray(plain(own.fresh))
     losses = -np.take_along_axis(logs, batch["targets"][..., None], -1)[..., 0]
-    evaluate = jax.jit(own.steps.evaluate, compiler_options=FAST_COMPILE)
+    evaluate = jax.jit(own.steps.evaluate)
     batch["scored"] = scored
     some = evaluate(own.fresh["params"], own.fresh["router"], batch, jax.random.key(0))
     assert float(some["sums"]["count"]) == 16

@@ -34,7 +34,7 @@ def test_the_step_compiles_for_tpu(topology, mesh, exchange, monkeypatch):
     tree = small_tree(
         moe | {"exchange": exchange}, mesh=mesh, batch=ROWS, accumulate=2, model=model
     )
-    trainer = Trainer(tree, sharding.make_mesh(freeze(tree).mesh, devices), compiler_options={})
+    trainer = Trainer(tree, sharding.make_mesh(freeze(tree).mesh, devices))
     state = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         trainer.fresh,

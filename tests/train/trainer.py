@@ -20,10 +20,6 @@ from train.run import model_maker
 from train.step import make_steps
 
 B, S, N = 8, 16, 258
-# A quarter of the time to compile; the programs are too small for their own speed to matter.
-FAST_COMPILE: dict[str, bool | int] = {"xla_backend_optimization_level": 0}
-if jax.__version_info__ < (0, 11):  # later compilers do not know it
-    FAST_COMPILE["xla_cpu_use_fusion_emitters"] = False
 
 EIGEN = {"router": "eigen", "basis": {"rank": 8}}
 # Adam divides by the root of the second moment: a gradient that is zero but for rounding would
@@ -42,18 +38,13 @@ def fresh(config: ExperimentConfig) -> Any:
         opt = serialization.to_state_dict(optimizer.init(trained))
         return {"step": jnp.zeros((), jnp.int32), "params": params, "router": router, "opt": opt}
 
-    return jax.device_get(jax.jit(init, compiler_options=FAST_COMPILE)())
+    return jax.device_get(jax.jit(init)())
 
 
 class Trainer:
     """An experiment's step, compiled for a mesh."""
 
-    def __init__(
-        self,
-        tree: config_dict.ConfigDict,
-        mesh: Mesh | None = None,
-        compiler_options: dict[str, bool | int] = FAST_COMPILE,
-    ) -> None:
+    def __init__(self, tree: config_dict.ConfigDict, mesh: Mesh | None = None) -> None:
         config = freeze(tree)
         optimizer = make_optimizer(config.optim, config.steps, config.model.moe.basis.method)
         self.model, params, _ = pure.abstract_split(model_maker(config.model, config.seed))
@@ -68,7 +59,6 @@ class Trainer:
             self.steps.train,
             donate_argnums=0,
             out_shardings=(self.places, None),
-            compiler_options=compiler_options,
         )
 
     def start(self) -> Any:
