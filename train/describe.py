@@ -60,7 +60,8 @@ def _routing(model: LMConfig | ViTConfig, mesh: Mesh) -> str:
     if not any(moe_layers(model)):
         return "no experts"
     moe = model.moe
-    return f"{moe.router} router, {moe.dispatch} dispatch{_kernel(moe.dispatch)}{_way(moe, mesh)}"
+    kernel = _kernel(moe.dispatch, mesh)
+    return f"{moe.router} router, {moe.dispatch} dispatch{kernel}{_way(moe, mesh)}"
 
 
 def _way(moe: MoEConfig, mesh: Mesh) -> str:
@@ -70,9 +71,10 @@ def _way(moe: MoEConfig, mesh: Mesh) -> str:
     return f", {choose_exchange(moe)} over {X} devices" if exchanges else ""
 
 
-def _kernel(dispatch: str) -> str:
+def _kernel(dispatch: str, mesh: Mesh) -> str:
     """The kernel of the grouped products, and a warning where it may do E times the work."""
-    if dispatch != "dropless":
+    # Equal groups on one device, and the oracle everywhere, are batched products.
+    if dispatch == "dense" or (dispatch == "capacity" and mesh.size == 1):
         return ""
     kernel = resolve_backend("auto")
     warning = ", which XLA may lower to E times the arithmetic: time it" if is_dense(kernel) else ""
