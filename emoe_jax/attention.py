@@ -151,8 +151,9 @@ def attend(
         causal: whether a position sees only positions before and at itself.
         implementation: "xla" (any platform), "heads_first" (any platform; the fast one on CPU),
             "cudnn" (flash attention on GPU, bfloat16 or float16), "splash" (flash attention on one
-            TPU, causal or not, S a multiple of 128), or "auto": splash on TPU and cudnn on GPU
-            where they take these shapes, heads_first on CPU, xla otherwise.
+            TPU, causal or not, S a multiple of 128), or "auto": splash on TPU and cudnn on NVIDIA
+            GPUs from Ampere on, where they take these shapes, heads_first on CPU, xla
+            otherwise.
 
     Returns:
         [B,S,H,dim].
@@ -161,7 +162,7 @@ def attend(
         implementation = choose_attention(
             query.shape, query.dtype, devices.platform(), jax.device_count()
         )
-        if implementation == "cudnn" and not devices.has_tensor_cores():
+        if implementation == "cudnn" and not devices.are_ampere_or_later():
             implementation = "xla"
     if implementation == "heads_first":
         return _heads_first(query, key, value, segments, causal)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import jax
 
-TENSOR_CORES = 8.0
-"""Compute capability of NVIDIA GPUs from which on Triton and flash attention use tensor cores."""
+AMPERE = 8.0
+"""Compute capability of NVIDIA GPUs that our Triton kernels and cuDNN's flash attention need."""
 
 
 def all_devices() -> list[jax.Device]:
@@ -21,8 +21,8 @@ def platform() -> str:
     return device.platform
 
 
-def has_tensor_cores() -> bool:
-    """Whether all are NVIDIA GPUs of compute capability `TENSOR_CORES` or more."""
+def are_ampere_or_later() -> bool:
+    """Whether all are NVIDIA GPUs of compute capability `AMPERE` or more."""
     if platform() != "gpu":
         return False
-    return all(float(device.compute_capability) >= TENSOR_CORES for device in all_devices())
+    return all(float(device.compute_capability) >= AMPERE for device in all_devices())

@@ -26,6 +26,7 @@ import jax
 from emoe_jax import sharding
 from train import cluster
 from train.config import ExperimentConfig
+from train.data.packing import BINS
 from train.logs import RunLog
 from train.loop import compile_train
 from train.planning.memory import predict, weigh
@@ -37,9 +38,8 @@ Tree = Any
 
 PARTS = ("step", "bare", "log", "data")
 
-READY, BATCHES = 32, 32
-"""Batches that are left out, as threads had them or what they are made of ready, and those that are
-timed."""
+AHEAD = 8
+"""Batches of images that are read ahead, at most."""
 
 
 def step(config: ExperimentConfig, repeats: int) -> list[Row]:
@@ -108,18 +108,29 @@ class _Trial:
 
     def _read(self) -> tuple[Tree, float]:
         """A batch on the devices, and the seconds of one where the pipeline sets the pace."""
-        for _ in range(READY):
+        count = cycle(self.run.config)
+        for _ in range(count):  # what was ready
             next(self.batches)
         began = time.perf_counter()
-        for _ in range(BATCHES):
+        for _ in range(count):
             batch = self.run.to_devices(next(self.batches), self.run.config.batch)
         jax.block_until_ready(batch)
-        return batch, (time.perf_counter() - began) / BATCHES
+        return batch, (time.perf_counter() - began) / count
 
     def close(self) -> None:
         """Ends the data pipeline and the log."""
         self.batches.close()
         self.log.close()
+
+
+def cycle(config: ExperimentConfig) -> int:
+    """Batches after which a pipeline has none left that was ready.
+
+    Rows of texts are packed `BINS` at a time in each shard of the data.
+    """
+    if config.task != "lm":
+        return AHEAD
+    return -(-BINS * config.data.shards // config.batch)
 
 
 def _bare(run: Run, example: Tree) -> Any:

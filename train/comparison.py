@@ -125,11 +125,13 @@ def noise_floor(experts: int, chosen: int, tokens: float) -> float:
     the mean density of one at the largest of the others, by parts, which is `curvature(E, 1)`.
 
     Args:
-        experts: E, at least 2.
+        experts: E.
         chosen: K.
         tokens: T, independent of each other.
     """
     E, K, T = experts, chosen, tokens
+    if E == K:  # every expert takes every token
+        return 0.0
     return curvature(E, 1) * math.sqrt(E * (E - K) / ((E - 1) * T * K))
 
 

@@ -27,6 +27,7 @@ TITLES = {
     "drop_fraction": "dropped assignments",
     "drop_at_capacity": "assignments that a fixed buffer would drop",
     "overflow_fraction": "overflowed exchanges",
+    "left_out": "tokens that the router's statistics leave out",
     "energy": "energy captured by the basis",
     "drift": "drift of the basis since the last checkpoint",
     "orthonormality_error": "orthonormality error",
@@ -42,7 +43,7 @@ BASIS = ("energy", "drift", "orthonormality_error", "condition")
 UNSEEN = ("cv",)
 """Logged, and left out here: another measure of what MaxVio shows."""
 
-QUIET = ("dead_window", "drop_fraction", "drop_at_capacity", "overflow_fraction")
+QUIET = ("dead_window", "drop_fraction", "drop_at_capacity", "overflow_fraction", "left_out")
 """Shown only where it happens at all."""
 
 

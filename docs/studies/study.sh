@@ -7,8 +7,8 @@
 # CELL is TASK_SHAPE, such as fashion_e32, and all of them if none is named. FOLDER takes
 # TASK_tuned.json, CELL.json with all numbers, CELL.txt with the tables, and runs/. Stopped and
 # started again it goes on where it was, also in a folder that holds the JSON files alone, such as
-# docs/studies/results. SEEDS=2 makes fewer seeds than five, STAGE=routers leaves the controls to a
-# later start, STAGE=more adds those of gates and settling. Cells of different tasks may be made at
+# docs/studies/results. SEEDS=2 makes fewer seeds than five; STAGE=routers leaves all controls to a
+# later start, STAGE=controls those of gates and settling. Cells of different tasks may be made at
 # the same time.
 set -euo pipefail
 
@@ -31,9 +31,9 @@ for cell in "${cells[@]}"; do
 done
 stage=${STAGE:-all}
 case $stage in
-  routers | all | more) ;;
+  routers | controls | all) ;;
   *)
-    echo "STAGE=$stage: it is routers, all or more" >&2
+    echo "STAGE=$stage: it is routers, controls or all" >&2
     exit 2
     ;;
 esac
@@ -47,7 +47,7 @@ routers=whitened,softmax_offset,loss_free,switch,softmax,eigen
 # width 96 its own basis spans the whole space, and so does not move.
 controls=loss_free_softmax,no_offset,no_whitening,fixed_rank_E,rank_E,rank_2E
 # Other gates: what the cost of a swap owes to them. More settling: what noise of batches is left.
-# The rate with which loss_free balances best, where that of the lowest loss is another.
+# The fastest rate of loss_free's grid, which was tuned by its loss alone.
 more=renormalized,sigmoid,softmax_offset_sigmoid,settle_300,loss_free_fast
 e32=(--config.moe.experts=32 --config.moe.top_k=2 --config.moe.hidden=96)
 e8=(--config.moe.experts=8 --config.moe.top_k=1 --config.moe.hidden=192)
@@ -86,7 +86,7 @@ for cell in "${cells[@]}"; do
     *) flags+=("${e32[@]}") ;;
   esac
   if [ "$stage" != routers ]; then names=$names,$controls; fi
-  if [ "$stage" = more ]; then names=$names,$more; fi
+  if [ "$stage" = all ]; then names=$names,$more; fi
   known=()
   if [ -f "$results" ]; then known=("--results=$results"); fi
   python -m train.compare "${flags[@]}" --config.eval_every=100 "${known[@]}" \

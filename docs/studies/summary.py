@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -116,10 +117,10 @@ def holm(values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def best_rival(table: Table) -> str:
-    """The rival with the lowest mean loss."""
-    rivals = [name for name in RIVALS if (name, "loss") in table]
-    return min(rivals, key=lambda name: float(table[name, "loss"]["mean"]))
+def rivals_of(table: Table) -> list[str]:
+    """The rivals that have all seeds that ours has: means over other seeds are not compared."""
+    whole = table[OURS, "loss"]["runs"]
+    return [name for name in RIVALS if table.get((name, "loss"), {}).get("pairs") == whole]
 
 
 class Bar(NamedTuple):
@@ -139,8 +140,8 @@ def bars(table: Table) -> list[Bar]:
     def names(which: list[str]) -> str:
         return ", ".join(f"not of {name}" for name in which) or "all"
 
-    rivals = [name for name in RIVALS if (name, "loss") in table]
-    best = best_rival(table)
+    rivals = rivals_of(table)
+    best = min(rivals, key=lambda name: value(name, "loss"))
     share = difference(table, best, "loss", 100 / value(best, "loss"))
     vio, worst = value(OURS, "max_vio"), value(OURS, "max_vio_worst")
     mean, low, high = difference(table, "loss_free", "batch_max_vio")
@@ -197,12 +198,11 @@ def overview(cells: Mapping[str, Table]) -> list[str]:
     seeds = [str(table[OURS, "loss"]["runs"]) for table in cells.values()]
     rows = [["bar", *cells], ["---"] * (1 + len(cells)), ["seeds", *seeds]]
     rows += [[what, *(shown(found[cell].get(what)) for cell in cells)] for what in whats]
-    for what, other in (("control", lambda _: CONTROL), ("best rival", best_rival)):
-        pairs = [table.get((other(table), "loss")) for table in cells.values()]
-        if all(pairs):
-            values = [p_value(row) for row in pairs if row]
-            both = [f"{p:.3f} ({q:.3f})" for p, q in zip(values, holm(values), strict=True)]
-            rows.append([f"p of the difference to the {what}'s loss (Holm)", *both])
+    pairs = [table.get((CONTROL, "loss")) for table in cells.values()]
+    values = [p_value(row) if row else math.nan for row in pairs]
+    both = zip(values, holm(values), strict=True)
+    shares = ["" if math.isnan(p) else f"{p:.3f} ({q:.3f})" for p, q in both]
+    rows.append([f"p of the difference to {CONTROL}'s loss (Holm, over cells)", *shares])
     return ["| " + " | ".join(row) + " |" for row in rows]
 
 
@@ -215,6 +215,8 @@ def between(cells: Mapping[str, Table], metric: str, name: str, other: str) -> l
             known = (variant, metric) in table
             require(known, f"{cell} has no {metric} of {variant}; it has that of {has}")
         row = table[name, metric]
+        paired = "difference_t_low" in row
+        require(paired, f"{cell}: {name} and {other} are one variant, or share no seed")
         ends = f"{row['difference_t_low']:+.4f}, {row['difference_t_high']:+.4f}"
         what = f"{row['difference']:+.4f} [{ends}], {row['pairs']} seeds"
         out.append(f"{cell}: {metric} of {name} less that of {other}: {what}")
@@ -230,6 +232,8 @@ def main() -> None:
     parser.add_argument("--between", default="", metavar="METRIC,A,B")
     parser.add_argument("--seeds", default="", metavar="N,N...")
     args = parser.parse_args()
+    if not re.fullmatch(r"(\d+(,\d+)*)?", args.seeds):
+        parser.error(f"--seeds={args.seeds} is no list of numbers such as 0,1,2")
     seeds = [int(seed) for seed in args.seeds.split(",") if seed]
     if args.between and args.between.count(",") != 2:
         parser.error(f"--between={args.between} is not METRIC,A,B, such as loss,whitened,switch")
@@ -241,6 +245,9 @@ def main() -> None:
         except ValueError as error:
             parser.error(str(error))
         return
+    for cell, table in cells.items():
+        if (OURS, "loss") not in table:
+            parser.error(f"{cell} has no run of {OURS} with these seeds")
     print(*overview(cells), sep="\n")
     for cell, table in cells.items():
         print("", f"### {cell}", "", *lines(table), "", *map(verdict, bars(table)), sep="\n")

@@ -93,10 +93,10 @@ def _on_cpu() -> str:
 def _on_cuda() -> str:
     """What "auto" is where a program is lowered for CUDA.
 
-    "triton" needs tensor cores. And it is for processes whose default devices have them: JAX 0.11
+    "triton" needs such GPUs, and it is for processes whose default devices they are: JAX 0.11
     cannot lower it elsewhere.
     """
-    return "triton" if devices.has_tensor_cores() else "ragged_dot"
+    return "triton" if devices.are_ampere_or_later() else "ragged_dot"
 
 
 def grouped_matmul(rows: Array, weights: Array, sizes: Array, *, backend: str = "auto") -> Array:

@@ -62,26 +62,24 @@ def rates(updates: Array, progress: Array) -> Rates:
     """ρ = max(ρ₀ + a/4, 1/(n+1)) and η = max(η₀ + a/5, 0.5/(1 + n/10)), a = (1 + cos π·progress)/2.
 
     The first updates average over all so far; then both follow a cosine, as learning rates do. When
-    the weights no longer move, the m-th batch has ρ = ρ₀/(1 + ρ₀m), a mean over these batches in
-    which what was before counts as 1/ρ₀, and η = η₀/(1 + η₀m/2): towards 2/m steps of Newton's,
-    as loads follow an offset by less than `curvature` says where many tokens are alike, and steps
-    of a/m forget where they began as m^-a of the true slope does (Robbins and Monro 1951).
+    the weights no longer move, the m-th batch has ρ₀/(1 + ρ₀m) in place of ρ₀ + a/4, a mean over
+    these batches in which what was before counts as 1/ρ₀, and η = η₀/(1 + η₀m/2), towards 2/m. Of
+    an offset that is wrong, steps of 2/m leave a share of m^(-2κ) where loads follow offsets κ
+    times as fast as `curvature` says, and κ is small where many tokens are alike.
 
     Args:
         updates: n [...] float32, updates so far.
         progress: [] float32, as of `Router.update`; m = progress - 1.
     """
     cosine = 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
-    training = Rates(
-        jnp.maximum(STATISTICS_RATE + 0.25 * cosine, 1.0 / (updates + 1.0)),
-        jnp.maximum(OFFSET_RATE + 0.2 * cosine, 0.5 / (1.0 + 0.1 * updates)),
+    after = jnp.maximum(progress - 1.0, 0.0)
+    statistics = STATISTICS_RATE / (1.0 + STATISTICS_RATE * after) + 0.25 * cosine
+    training = jnp.maximum(OFFSET_RATE + 0.2 * cosine, 0.5 / (1.0 + 0.1 * updates))
+    settling = OFFSET_RATE / (1.0 + 0.5 * OFFSET_RATE * after)
+    return Rates(
+        jnp.maximum(statistics, 1.0 / (updates + 1.0)),
+        jnp.where(after > 0.0, settling, training),
     )
-    after = progress - 1.0
-    settling = Rates(
-        STATISTICS_RATE / (1.0 + STATISTICS_RATE * after),
-        OFFSET_RATE / (1.0 + 0.5 * OFFSET_RATE * after),
-    )
-    return Rates(*(jnp.where(after > 0.0, *pair) for pair in zip(settling, training, strict=True)))
 
 
 @functools.lru_cache
@@ -154,7 +152,8 @@ def usable(tokens: Array, real: Array) -> Array:
 FAR = 100.0
 """Deviations beyond which statistics take a token, or a score, to be that far and no further. One
 that is a million times the others would else be all that a layer's state knows, for as long as a
-running mean takes to forget it. What moves all tokens is followed within a few steps."""
+running mean takes to forget it. What moves all tokens is followed all the same: a variance may grow
+by the square of this, times its rate, in a step. The first batch of all has no limit."""
 
 
 def reach(variance: Array, updates: Array) -> Array:

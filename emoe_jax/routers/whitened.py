@@ -63,8 +63,7 @@ class WhitenedRouter(Router):
         log_temperature: log τ [].
         basis: Q [D,R]; a parameter where it is learned, running state otherwise.
         mean: μ [D], running state, as all that follow.
-        image: V [D,R], covariance of h and z, near ΣQ; only where the basis moves: it is tracked,
-            and R < D.
+        image: V [D,R], covariance of h and z, near ΣQ; only where the basis is tracked.
         covariance: C [R,R], of z.
         whitener: C^-α, scaled, [R,R].
         spectrum: eigenvalues of C [R], ascending.
@@ -94,8 +93,7 @@ class WhitenedRouter(Router):
         learned = self.subspace == "learned"
         self.basis = nnx.Param(drawn) if learned else RouterState(drawn)
         self.mean = RouterState(jnp.zeros((width,), jnp.float32))
-        self.follows = self.subspace == "tracked" and width > R
-        if self.follows:
+        if self.subspace == "tracked":
             self.image = RouterState(jnp.zeros((width, R), jnp.float32))
         self.covariance = RouterState(jnp.eye(R, dtype=jnp.float32))
         self.whitener = RouterState(jnp.eye(R, dtype=jnp.float32))
@@ -114,7 +112,7 @@ class WhitenedRouter(Router):
                 basis = bases.prepare_in_pass(basis, self.method)
         h = tokens.astype(jnp.float32)
         good = usable(h, context.mask.reshape(-1))
-        centred = self._drawn_in(jnp.where(good[:, None], h - self.mean[...][None, :], 0.0))
+        centred = jnp.where(good[:, None], h - self.mean[...][None, :], 0.0)
         z = linear(centred, basis)
         E = directions.shape[0] if self.is_frame else directions.shape[1]
         none = jnp.zeros((E,), jnp.float32)
@@ -128,20 +126,12 @@ class WhitenedRouter(Router):
             renormalize=self.renormalize,
             metrics=self._metrics(basis),
             good=good,
-            stats=_moments(centred, z, self.follows),
+            stats=_moments(centred, z, self._far(), self.subspace == "tracked"),
         )
 
-    def _drawn_in(self, centred: Array) -> Array:
-        """Tokens less their mean [T,D], drawn in to `offset.FAR` deviations at most.
-
-        The deviation is that of the variance in the basis.
-
-        Where a token goes is decided by its direction long before.
-        """
-        D = centred.shape[-1]
-        limit = reach(D * jnp.mean(self.spectrum[...]), self.updates[...])
-        square = jnp.sum(jnp.square(lax.stop_gradient(centred)), axis=-1, keepdims=True)
-        return centred * jnp.minimum(limit * lax.rsqrt(jnp.maximum(square, bases.TINY)), 1.0)
+    def _far(self) -> Array:
+        """The length of z [] that statistics take a token to have at most, see `offset.FAR`."""
+        return reach(jnp.sum(self.spectrum[...]), self.updates[...])
 
     def _frame(self, directions: Array) -> Array:
         """A [R,E]."""
@@ -233,23 +223,29 @@ def _towards(running: Array, value: Array, rate: Array) -> Array:
     return running + rate[..., None, None] * (value - running)
 
 
-def _moments(centred: Array, z: Array, follows: bool) -> dict[str, Array]:
-    """Sums over counted tokens: D + R + R² + 2 numbers, and D·R for a basis that moves.
+def _moments(centred: Array, z: Array, far: Array, tracked: bool) -> dict[str, Array]:
+    """Sums over counted tokens: D + R + R² + 2 numbers, and D·R for a tracked basis.
+
+    A token whose z is longer than `far` counts as the one on its way to the mean that is as long.
 
     Args:
         centred: h - μ [T,D], zero for tokens that do not count.
         z: Qᵀ(h - μ) [T,R].
-        follows: whether the basis moves.
+        far: [], infinite where there is no limit.
+        tracked: whether the basis is.
     """
     h, z = lax.stop_gradient((centred, z))
+    length = jnp.sqrt(jnp.sum(jnp.square(z), axis=-1, keepdims=True))
+    share = jnp.where(length > far, far / jnp.maximum(length, bases.TINY), 1.0)
+    weighed = z * jnp.square(share)
     products = {
-        "z_gram": jnp.einsum("tr,ts->rs", z, z, precision=lax.Precision.HIGHEST),
+        "z_gram": jnp.einsum("tr,ts->rs", z, weighed, precision=lax.Precision.HIGHEST),
     }
-    if follows:
-        products["image_sum"] = jnp.einsum("td,tr->dr", h, z, precision=lax.Precision.HIGHEST)
+    if tracked:
+        products["image_sum"] = jnp.einsum("td,tr->dr", h, weighed, precision=lax.Precision.HIGHEST)
     return products | {
-        "token_sum": jnp.sum(h, axis=0),
-        "token_square": jnp.sum(jnp.square(h)),
-        "z_sum": jnp.sum(z, axis=0),
+        "token_sum": jnp.sum(h * share, axis=0),
+        "token_square": jnp.sum(jnp.square(h * share)),
+        "z_sum": jnp.sum(z * share, axis=0),
         "z_square": jnp.trace(products["z_gram"]),
     }

@@ -16,6 +16,7 @@ from docs.studies.summary import (
     between,
     holm,
     lines,
+    main,
     overview,
     p_value,
     read,
@@ -79,11 +80,11 @@ def test_every_cell_is_tuned_once_a_task_and_compared(tmp_path):
 def test_a_study_goes_on_from_its_files(tmp_path):
     first = commands(tmp_path, "fashion_e32", STAGE="routers", SEEDS="2")
     assert len(first) == 2
-    (second,) = commands(tmp_path, "fashion_e32")
+    (second,) = commands(tmp_path, "fashion_e32", STAGE="controls")
     assert (flag(first[1], "seeds"), flag(second, "seeds")) == ("2", "5")
     assert flag(second, "results") == f"{tmp_path}/fashion_e32.json"
-    (more,) = commands(tmp_path, "fashion_e32", STAGE="more")
-    names = [set(flag(words, "routers").split(",")) for words in (first[1], second, more)]
+    (whole,) = commands(tmp_path, "fashion_e32")
+    names = [set(flag(words, "routers").split(",")) for words in (first[1], second, whole)]
     assert names[0] < names[1] < names[2]
     (eight,) = commands(tmp_path, "fashion_e8")
     assert f"{tmp_path}/fashion_tuned.json" in flag(eight, "options")
@@ -183,9 +184,9 @@ def test_the_overview_has_a_column_a_cell_and_marks_what_is_missed(tmp_path):
     assert vio == ["0.000, 0.000", "**0.250, 0.000**"]
     control = [cell.strip() for cell in rows["loss less that of softmax_offset"]]
     assert control == ["", "-40.00 [-40.00, -40.00] %"]
-    # Twice -1.0: no spread, so no test.
-    p = [cell.strip() for cell in rows["p of the difference to the best rival's loss (Holm)"]]
-    assert p == ["nan (nan)", "nan (nan)"]
+    # No control in one; twice -1.0 in the other, no spread, so no test.
+    row = rows["p of the difference to softmax_offset's loss (Holm, over cells)"]
+    assert [cell.strip() for cell in row] == ["", ""]
 
 
 def test_p_is_that_of_the_paired_test(tmp_path):
@@ -208,6 +209,41 @@ def test_a_difference_between_two_variants_over_some_seeds(tmp_path):
     assert told == ("a: loss of switch less that of whitened: +0.6000 [-0.6706, +1.8706], 2 seeds")
     with pytest.raises(ValueError, match="a has no loss of soft; it has that of whitened, switch"):
         between({"a": read(file)}, "loss", "soft", "whitened")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--between=loss,whitened"], "is not METRIC,A,B"),
+        (["--between=loss,soft,whitened"], "cell has no loss of soft; it has that of whitened"),
+        (["--between=loss,whitened,whitened"], "are one variant, or share no seed"),
+        (["--seeds=a"], "--seeds=a is no list of numbers"),
+        (["--seeds=7"], "cell has no run of whitened with these seeds"),
+    ],
+)
+def test_a_command_that_asks_for_what_is_not_there_is_told_so(
+    tmp_path, monkeypatch, capsys, flags, said
+):
+    file = results(tmp_path, {"whitened": [1.0, 1.1], "loss_free": [1.3, 1.4]})
+    monkeypatch.setattr(sys, "argv", ["summary", file, *flags])
+    with pytest.raises(SystemExit):
+        main()
+    assert said in capsys.readouterr().err
+
+
+def test_the_command_prints_a_difference(tmp_path, monkeypatch, capsys):
+    file = results(tmp_path, {"whitened": [1.0, 1.1], "loss_free": [1.3, 1.4]})
+    flags = ["--between=loss,loss_free,whitened", "--seeds=0,1"]
+    monkeypatch.setattr(sys, "argv", ["summary", file, *flags])
+    main()
+    told = capsys.readouterr().out
+    assert told.startswith("cell: loss of loss_free less that of whitened: +0.3000 [")
+
+
+def test_a_rival_that_lacks_seeds_is_compared_with_nobody(tmp_path):
+    losses = {"whitened": [1.0, 1.1], "loss_free": [1.3, 1.4], "switch": [0.1]}
+    told = verdict(bars(read(results(tmp_path, losses)))[3])
+    assert told.endswith("loss_free: met")
 
 
 def test_the_pages_have_the_tables_of_the_files():

@@ -71,13 +71,15 @@ def test_rates_average_at_first_and_follow_a_cosine_later():
     assert float(middle.offset) == pytest.approx(0.05 + 0.1)
 
 
-@pytest.mark.parametrize("updates", [12, 310, 1e6])
+@pytest.mark.parametrize("updates", [60, 310, 1e6])
 def test_rates_after_training_are_those_of_a_mean(updates):
-    # What was before counts as 1/0.03 batches in the mean, after the shortest training too; the
-    # offset starts from 1/0.05 = 20 and takes twice the step.
+    # What was before counts as 1/0.03 batches in the mean; the offset starts from 1/0.05 = 20 and
+    # takes twice the step.
     fifth = rates(jnp.float32(updates), jnp.float32(1 + 5))
     assert float(fifth.statistics) == pytest.approx(1 / (1 / 0.03 + 5))
     assert float(fifth.offset) == pytest.approx(2 / (2 * 20 + 5))
+    # Before there were as many, the mean is of all that was seen.
+    assert float(rates(jnp.float32(9), jnp.float32(1 + 5)).statistics) == pytest.approx(1 / 10)
 
 
 def test_the_offset_falls_for_the_busy_and_rises_for_the_idle():

@@ -8,6 +8,7 @@ import errno
 import multiprocessing
 import os
 import pathlib
+import re
 import runpy
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from train.run import Run
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([__name__])
 
-ONE_DEVICE = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
+ONE_DEVICE = re.sub("device_count=[0-9]+", "device_count=1", os.environ["XLA_FLAGS"])
 
 
 def begin(workdir: pathlib.Path, *flags: str, fail_at: int = 0) -> ForkServerProcess:

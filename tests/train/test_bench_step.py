@@ -5,11 +5,13 @@ import json
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from emoe_jax.sharding import AXES
-from tests.train.tiny import lm_tree, write_corpus
+from tests.train.tiny import lm_tree, vit_tree, write_corpus
 from train import bench, bench_step
+from train.config import freeze
 from train.planning.memory import predict, weigh
 from train.timing import milliseconds
 
@@ -48,6 +50,25 @@ def test_a_row_for_the_step_and_what_stands_beside_it(file, one_device, tmp_path
     memory = predict(config, weigh(config), dict.fromkeys(AXES, 1))
     assert row["counted_bytes"] == memory.parameters + memory.optimizer + memory.activations
     assert row["peak_bytes"] > memory.parameters + memory.optimizer
+
+
+def test_batches_that_were_ready_are_not_timed(file):
+    # 256 rows are packed at a time: 128 batches of two, which are left out, and as many after them.
+    config = config_of(file)
+    assert bench_step.cycle(config) == 128
+    assert bench_step.cycle(freeze(vit_tree())) == bench_step.AHEAD
+    taken = []
+
+    class Run:
+        def to_devices(self, batch, size):
+            taken.append(batch)
+            return jnp.zeros(size)
+
+    trial = object.__new__(bench_step._Trial)
+    trial.run, trial.batches = Run(), iter(range(1000))
+    trial.run.config = config
+    trial._read()
+    assert taken == [*range(128, 256)]
 
 
 def test_shares_are_of_the_median_step(file):

@@ -229,7 +229,7 @@ def started(
     commands: list[list[str]], folder: pathlib.Path, devices: int = 4, **environment: str
 ) -> Iterator[list[subprocess.Popen[str]]]:
     """Starts commands, each in a session of its own, and kills what is left of them."""
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    flags = re.sub("device_count=[0-9]+", f"device_count={devices}", os.environ["XLA_FLAGS"])
     cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
     processes = []
     try:

@@ -87,7 +87,7 @@ def test_the_noise_floor_is_what_a_fair_draw_shows(experts, chosen, tokens):
 def test_the_noise_floor_of_two_experts_is_half_the_distance_of_two_normals():
     # T=100 coins: the larger share has a mean excess of E|Z| / sqrt(T), and E|Z| = sqrt(2/pi).
     assert noise_floor(2, 1, 100) == pytest.approx(math.sqrt(2 / math.pi) / 10, rel=1e-6)
-    assert noise_floor(4, 4, 100) == 0.0  # every expert takes every token
+    assert noise_floor(4, 4, 100) == noise_floor(1, 1, 100) == 0.0
 
 
 def test_differences_are_taken_seed_by_seed():

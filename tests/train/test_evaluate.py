@@ -145,6 +145,16 @@ def test_the_result_is_printed_with_step_and_amount(finished, trained_run, capsy
     assert "layer_01" in printed
 
 
+def test_tokens_that_statistics_leave_out_are_printed_where_there_are_any(
+    finished, trained_run, capsys
+):
+    this, _, step = trained_run
+    for share in (0.0, 0.125):
+        rows = [row | {"left_out": share} for row in finished.rows]
+        evaluate.print_evaluation(this, finished.scalars, rows, step)
+        assert ("0.125" in capsys.readouterr().out) == (share > 0)
+
+
 def test_a_folder_without_run_or_checkpoint_is_refused(finished, tmp_path, one_device):
     with pytest.raises(FileNotFoundError, match=r"holds no run: there is no config\.json; train"):
         run.load_trained(tmp_path, {})

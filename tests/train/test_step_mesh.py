@@ -39,13 +39,13 @@ def test_eight_devices_equal_one(router, mesh, shard, accumulate):
     loose = {"rtol": 1e-4, "atol": 1e-5} if router == "whitened" else {"rtol": 1e-5}
     chex.assert_trees_all_close(state["router"], alone["router"], **loose)
     # One device exchanges nothing, and slots are counted in each microbatch.
-    apart = ("overflow_fraction", "drop_at_capacity")
+    apart = {"overflow_fraction"} | ({"drop_at_capacity"} if accumulate > 1 else set())
     for one, other in zip(history, histories, strict=True):
-        layers = (each["router"]["0"] for each in (one, other))
-        kept = [{k: v for k, v in layer.items() if k not in apart} for layer in layers]
-        chex.assert_trees_all_close(*kept, rtol=1e-4, atol=1e-5)
-        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
-        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+        alike = [
+            each | {"router": {k: v for k, v in each["router"]["0"].items() if k not in apart}}
+            for each in (one, other)
+        ]
+        chex.assert_trees_all_close(*alike, rtol=1e-4, atol=1e-5)
 
 
 @functools.cache

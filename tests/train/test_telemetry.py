@@ -142,6 +142,11 @@ def test_alarms_tell_each_crossing_once(caplog):
     ]
 
 
+def test_tokens_that_statistics_leave_out_are_an_alarm():
+    rows = [{"layer": "layer_00", "left_out": share} for share in (0.0, 1e-6)]
+    assert [Alarms(AlarmConfig()).check(1, [row])["alarm/left_out"] for row in rows] == [0.0, 1.0]
+
+
 def test_what_is_not_a_number_is_an_alarm():
     row = {"layer": "layer_00", "orthonormality_error": float("nan")}
     assert Alarms(AlarmConfig()).check(1, [row])["alarm/orthonormality_error"] == 1.0

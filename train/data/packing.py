@@ -15,7 +15,7 @@ from grain import experimental as grain_experimental
 
 from train.data.shards import derive_seed, shuffled_indices
 
-_BINS = 256
+BINS = 256
 """Rows that are packed together. More bins leave less padding and cost more to restore."""
 
 _READ = grain.ReadOptions(num_threads=4, prefetch_buffer_size=64)
@@ -204,7 +204,7 @@ def pack(
     return grain_experimental.FirstFitPackIterDataset(
         pieces,
         length_struct={"piece": sequence_length},
-        num_packing_bins=_BINS,
+        num_packing_bins=BINS,
         seed=seed,
         shuffle_bins=shuffle,
     )

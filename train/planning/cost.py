@@ -225,8 +225,7 @@ def _router_products(config: ExperimentConfig, t: int) -> float:
     subspace = "learned" if moe.router == "eigen" else moe.routing.subspace or "tracked"
     # Projection and scores; of a basis that is no parameter no gradient is taken.
     backward = R * (D * (1 + (subspace == "learned")) + 2 * E)
-    follows = subspace == "tracked" and R < D
-    moments = 0 if moe.router == "eigen" else R * (R + D * follows)
+    moments = 0 if moe.router == "eigen" else R * (R + D * (subspace == "tracked"))
     return 2.0 * t * (R * (D + E) * forward + backward + moments)
 
 
