@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from emoe_jax import pure
 from emoe_jax.config import MoEConfig, RouterConfig
 from emoe_jax.metrics import max_violation
-from emoe_jax.routers import Context, RouterState, make_router, router_class
+from emoe_jax.routers import Context, RouterState, make_router
 from emoe_jax.routers.offset import (
     SoftmaxOffsetRouter,
     accept,
@@ -22,6 +22,7 @@ from emoe_jax.routers.offset import (
     rates,
     reach,
 )
+from tests.routers.updates import after_batches
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -207,14 +208,14 @@ def train_state(router):
 @given(scale=st.floats(0.1, 10.0), shift=st.floats(-5.0, 5.0), seed=st.integers(0, 100))
 def test_standardised_scores_do_not_see_scale_and_shift(scale, shift, seed):
     tokens = draw((64, D), seed)
-    base = route_after_updates(tokens)
-    other = route_after_updates(jnp.float32(scale) * tokens + jnp.float32(shift))
+    base = route_after_batches(tokens)
+    other = route_after_batches(jnp.float32(scale) * tokens + jnp.float32(shift))
     same = np.mean(np.asarray(base == other))
     assert same > 0.98  # but for ties by rounding
 
 
 @jax.jit
-def route_after_updates(tokens):
+def route_after_batches(tokens):
     graph, params, state = pure.split(make_router(config(), D, rngs=nnx.Rngs(0)))
     context = Context(jnp.ones((1, tokens.shape[0]), bool))
     for _ in range(3):
@@ -250,8 +251,8 @@ def test_a_bad_token_is_routed_as_the_mean_and_not_counted(bad):
 def test_one_far_token_is_soon_forgotten(far):
     some, tokens = config(), draw((200, D))
     spoilt = tokens.at[3].mul(far)
-    state = after_updates(some, [tokens] * 3 + [spoilt] + [tokens] * 3)
-    clean = after_updates(some, [tokens] * 7)
+    state = after_batches(some, [tokens] * 3 + [spoilt] + [tokens] * 3)
+    clean = after_batches(some, [tokens] * 7)
     # Of 200 scores one counts as 100 deviations: at a rate of 0.28 at most 14 variances.
     assert np.all(np.asarray(state["variance"]) < 20 * np.asarray(clean["variance"]))
 
@@ -259,21 +260,6 @@ def test_one_far_token_is_soon_forgotten(far):
 @pytest.mark.parametrize("scale", [1e-4, 1e4])
 def test_what_moves_all_tokens_is_followed(scale):
     some, tokens = config(), draw((200, D))
-    state = after_updates(some, [tokens] * 3 + [scale * tokens + scale] * 100)
-    clean = after_updates(some, [scale * tokens + scale] * 100)
+    state = after_batches(some, [tokens] * 3 + [scale * tokens + scale] * 100)
+    clean = after_batches(some, [scale * tokens + scale] * 100)
     chex.assert_trees_all_close(state["variance"], clean["variance"], rtol=1e-3)
-
-
-def after_updates(some, batches):
-    """The state after an update by each of the batches."""
-    graph, params, state = pure.split(make_router(some, D, rngs=nnx.Rngs(0)))
-    context = Context(jnp.ones((1, batches[0].shape[0]), bool))
-
-    @jax.jit
-    def move(state, tokens):
-        stats = graph.bind(params, state)(tokens, context).stats
-        return router_class(some.router).update(some, state, stats, START)
-
-    for tokens in batches:
-        state = move(state, tokens)
-    return state

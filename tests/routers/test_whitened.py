@@ -17,6 +17,7 @@ from emoe_jax.config import BasisConfig, MoEConfig, RouterConfig
 from emoe_jax.metrics import energy_captured, max_violation
 from emoe_jax.routers import Context, RouterState, WhitenedRouter, make_router
 from emoe_jax.routers.offset import rates
+from tests.routers.updates import after_batches
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -354,21 +355,6 @@ def test_what_moves_all_tokens_is_followed(scale):
     state = after_batches(some, [tokens] * 3 + [moved] * 100)
     clean = after_batches(some, [moved] * 100)
     chex.assert_trees_all_close(state["spectrum"], clean["spectrum"], rtol=1e-3)
-
-
-def after_batches(some, batches):
-    """The state after an update by each of the batches."""
-    graph, params, state = pure.split(make_router(some, D, rngs=nnx.Rngs(0)))
-    context = Context(jnp.ones((1, batches[0].shape[0]), bool))
-
-    @jax.jit
-    def move(state, tokens):
-        stats = graph.bind(params, state)(tokens, context).stats
-        return WhitenedRouter.update(some, state, stats, START)
-
-    for tokens in batches:
-        state = move(state, tokens)
-    return state
 
 
 def test_a_far_token_is_routed_as_it_is_and_counts_as_one_that_is_nearer():
