@@ -55,7 +55,7 @@ def get_config(size: str = "7b") -> ConfigDict:
         batch=1024,
         log_every=50,
         eval_every=5000,
-        model=model | {"tie_head": False, "remat": "dots", "loss_chunk": 8192, "dtype": "bfloat16"},
+        model=model | {"tie_head": False, "remat": "dots", "loss_chunk": 2048, "dtype": "bfloat16"},
         # Published and used at such sizes; of ours none has been measured there.
         moe=moe | {"router": "loss_free", "routing": {"renormalize": True}},
         data={

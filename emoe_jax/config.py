@@ -222,7 +222,7 @@ class LMConfig:
         remat: what is recomputed in the backward pass: "none", "full" (each block), "dots" (each
             block except its matrix products) or "exchange" (each block except its routing decisions
             and what its exchanges brought), see `emoe_jax.remat`.
-        loss_chunk: tokens whose logits the training loss holds at once.
+        loss_chunk: tokens whose logits a device holds at once for the training loss.
         dtype: compute dtype of attention and experts; parameters stay float32.
         moe: the layers of experts.
     """

@@ -11,6 +11,7 @@ from flax import nnx
 from emoe_jax.config import MoEConfig
 from emoe_jax.dispatch.base import Groups
 from emoe_jax.grouped import grouped_matmul
+from emoe_jax.layers import row_product
 
 Array = jax.Array
 
@@ -60,28 +61,24 @@ class Experts(nnx.Module):
         return apply_experts(self.weights(), groups.rows.astype(self.dtype), groups.sizes)
 
     def weights(self) -> dict[str, Array]:
-        """The arrays by name, in the compute dtype."""
+        """The arrays by name, float32."""
         names = ("w_gate", "w_up", "w_down", "b_gate", "b_up", "b_down")
-        return {
-            name: getattr(self, name)[...].astype(self.dtype)
-            for name in names
-            if hasattr(self, name)
-        }
+        return {name: getattr(self, name)[...] for name in names if hasattr(self, name)}
 
 
 def apply_experts(weights: dict[str, Array], rows: Array, sizes: Array) -> Array:
     """The experts as a function of their arrays; SwiGLU where there is a `w_gate`.
 
     Args:
-        weights: see `Experts.weights`; of any number of experts.
-        rows: [E,C,D] or [M,D], see `Groups`.
+        weights: see `Experts.weights`; of any number of experts, in float32 or the rows' dtype.
+        rows: [E,C,D] or [M,D] in the compute dtype, see `Groups`.
         sizes: [E] int32.
     """
 
     def product(x: Array, name: str) -> Array:
         out = grouped_product(x, weights[f"w_{name}"], sizes)
         bias = weights.get(f"b_{name}")
-        return out if bias is None else out + row_bias(bias, out, sizes)
+        return out if bias is None else out + row_bias(bias, out, sizes).astype(out.dtype)
 
     up = product(rows, "up")
     if "w_gate" in weights:
@@ -102,12 +99,11 @@ def grouped_product(rows: Array, weights: Array, sizes: Array) -> Array:
 
     Args:
         rows: [E,C,D] or [M,D], see `Groups`.
-        weights: [E,D,F].
+        weights: [E,D,F], of the rows' dtype or float32, see `grouped_matmul`.
         sizes: [E] int32, read in the second form.
     """
     if rows.ndim == 3:
-        out = jnp.einsum("ecd,edf->ecf", rows, weights, preferred_element_type=jnp.float32)
-        return out.astype(rows.dtype)
+        return jax.vmap(row_product)(rows, weights).astype(rows.dtype)
     return grouped_matmul(rows, weights, sizes)
 
 

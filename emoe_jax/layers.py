@@ -14,16 +14,40 @@ NORM_EPSILON = 1e-6
 """Added to the mean square or variance before the root; timm's value for Vision Transformers."""
 
 
+@jax.custom_vjp
 def row_product(x: Array, kernel: Array) -> Array:
-    """Maps [...,in] by [in,out], accumulated in float32, as one product of a matrix of rows.
+    """Maps [...,in] by [in,out] to [...,out] float32: a product in the dtype of x, summed in float32.
 
-    XLA on CPU takes up to twice as long for the gradients of a product with several leading axes
-    (docs/performance.md). On a mesh x may be split along its first and last axes; along another it
-    would be gathered.
+    One product of a matrix of rows: XLA on CPU takes up to twice as long for the gradients of a
+    product with several leading axes (docs/performance.md). On a mesh x may be split along its first
+    and last axes; along another it would be gathered.
+
+    Both products of the backward pass are in the dtype of x too. Left to JAX they would take the
+    float32 cotangent as it is, which on GPU makes them float32 products. A kernel in float32 gets its
+    gradient unrounded.
     """
+    return _matmul(x.reshape(-1, x.shape[-1]), kernel.astype(x.dtype)).reshape(
+        *x.shape[:-1], kernel.shape[-1]
+    )
+
+
+def _matmul(left: Array, right: Array) -> Array:
+    return jnp.matmul(left, right, preferred_element_type=jnp.float32)
+
+
+def _row_product_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return row_product(x, kernel), (x, kernel)
+
+
+def _row_product_backward(kept: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    x, kernel = kept
     rows = x.reshape(-1, x.shape[-1])
-    out = jnp.matmul(rows, kernel, preferred_element_type=jnp.float32)
-    return out.reshape(*x.shape[:-1], kernel.shape[-1])
+    low = cotangent.astype(x.dtype).reshape(-1, kernel.shape[-1])
+    x_gradient = _matmul(low, kernel.astype(x.dtype).T).astype(x.dtype)
+    return x_gradient.reshape(x.shape), _matmul(rows.T, low).astype(kernel.dtype)
+
+
+row_product.defvjp(_row_product_forward, _row_product_backward)
 
 
 class Linear(nnx.Module):
@@ -54,7 +78,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """Maps [...,in] to [...,out] in the compute dtype."""
-        out = row_product(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        out = row_product(x.astype(self.dtype), self.kernel[...])
         if self.biased:
             out = out + self.bias[...]
         return out.astype(self.dtype)
@@ -176,6 +200,6 @@ class PatchEmbed(nnx.Module):
         p = self.patch
         tiles = images.reshape(B, height // p, p, width // p, p, channels)
         tiles = tiles.transpose(0, 1, 3, 2, 4, 5).reshape(B, -1, p * p * channels)
-        kernel = self.kernel[...].reshape(p * p * channels, -1).astype(self.dtype)
+        kernel = self.kernel[...].reshape(p * p * channels, -1)
         out = row_product(tiles.astype(self.dtype), kernel)
         return (out + self.bias[...]).astype(self.dtype)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec
 
 from emoe_jax.layers import row_product
+from emoe_jax.sharding import BATCH_AXES, RULES, ambient_mesh, batch_shards, gathered
 
 Array = jax.Array
+Sums = Callable[..., tuple[Array, ...]]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -22,25 +27,108 @@ def chunked_cross_entropy(
     """Weighted sum of cross-entropies that holds the logits of `chunk` tokens at a time.
 
     Under differentiation the gradients of a chunk are formed while its logits are at hand, so the
-    logits are neither stored nor computed twice, and the backward pass only scales.
+    logits are neither stored nor computed twice, and the backward pass only scales. On a mesh (see
+    `sharding.ambient_mesh`) each device goes through its own sequences, with the classes that are
+    its part of the axis `tensor`, and gradients of the head are summed once, after the last chunk.
 
     Args:
         hidden: [T,D] or [B,S,D] in the compute dtype.
         head: [N,D] float32, one row a class; logits are hidden @ headᵀ, accumulated in float32.
         targets: [T] or [B,S] int32 in [0,N).
         weights: [T] or [B,S] float32; 0 leaves a token out. Not differentiated.
-        chunk: tokens at a time, at least one of each sequence; neither T nor S need be a multiple.
+        chunk: tokens at a time on a device, at least one of each sequence; neither T nor S need be
+            a multiple.
 
     Returns:
         Σ_t weights[t] · (-log softmax(logits_t)[targets_t]) in nats, scalar float32.
     """
-    parts = _split(hidden, targets, weights, chunk)
-    low = head.astype(hidden.dtype)
+    return _where_they_lie(_losses, hidden, head, targets, weights, chunk)[0]
+
+
+def _where_they_lie(
+    sums: Sums, hidden: Array, head: Array, targets: Array, weights: Array, chunk: int
+) -> tuple[Array, ...]:
+    """`sums` of all tokens: on a mesh that divides them, of each device's own, added up."""
+    mesh = ambient_mesh()
+    if mesh is None or hidden.shape[0] % batch_shards(mesh):
+        low = gathered(head.astype(hidden.dtype), "head")
+        return sums(hidden, low, targets, weights, chunk, Axes((), ()))
+    # Named only where it cuts: XLA on CPU carries out a sum over one device.
+    classes = (RULES["vocab"],) if mesh.shape[RULES["vocab"]] > 1 else ()
+    rows, place = PartitionSpec(BATCH_AXES), PartitionSpec(classes, RULES["embed"])
+
+    def body(hidden: Array, head: Array, targets: Array, weights: Array) -> tuple[Array, ...]:
+        # In the compute dtype, so that half as much is gathered; gradients are summed in float32.
+        low = lax.all_gather(head.astype(hidden.dtype), RULES["embed"], axis=1, tiled=True)
+        loss, *gradients = sums(hidden, low, targets, weights, chunk, Axes(BATCH_AXES, classes))
+        loss = lax.psum(loss, BATCH_AXES)
+        if not gradients:
+            return (loss,)
+        hidden_gradient, head_gradient = gradients
+        own = lax.psum_scatter(head_gradient, RULES["embed"], scatter_dimension=1, tiled=True)
+        others = tuple(axis for axis in BATCH_AXES if axis != RULES["embed"])
+        return loss, hidden_gradient, lax.psum(own, others)
+
+    results = (PartitionSpec(), rows, place)[: 1 if sums is _losses else 3]
+    spread = jax.shard_map(body, mesh=mesh, in_specs=(rows, place, rows, rows), out_specs=results)
+    return spread(hidden, head, targets, weights)
+
+
+class Axes(NamedTuple):
+    """Mesh axes of the `shard_map` in which losses are summed; none outside of one.
+
+    Attributes:
+        tokens: over which tokens are split.
+        classes: over which classes are.
+    """
+
+    tokens: tuple[str, ...]
+    classes: tuple[str, ...]
+
+    def zeros(self, shape: tuple[int, ...], *, classes: bool) -> Array:
+        """Float32 to which a device adds its own tokens', and with `classes` its own classes'."""
+        axes = self.tokens + self.classes if classes else self.tokens
+        zeros = jnp.zeros(shape, jnp.float32)
+        return lax.pcast(zeros, axes, to="varying") if axes else zeros
+
+    def over_classes(self, reduce: Callable[[Array, tuple[str, ...]], Array], x: Array) -> Array:
+        """A reduction of what each device has of its own classes; x where it has all of them."""
+        return reduce(x, self.classes) if self.classes else x
+
+
+def _losses(
+    hidden: Array, head: Array, targets: Array, weights: Array, chunk: int, axes: Axes
+) -> tuple[Array]:
+    """The weighted sum over tokens [T,D] or [B,S,D], with a head [N,D] in their dtype."""
 
     def add(total: Array, part: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        return total + _chunk_loss(low, part)[0], None
+        return total + _chunk_loss(head, part, axes)[0], None
 
-    return jax.lax.scan(add, jnp.zeros((), jnp.float32), parts)[0]
+    parts = _split(hidden, targets, weights, chunk)
+    return (lax.scan(add, axes.zeros((), classes=False), parts)[0],)
+
+
+def _losses_and_gradients(
+    hidden: Array, head: Array, targets: Array, weights: Array, chunk: int, axes: Axes
+) -> tuple[Array, Array, Array]:
+    """The same, its gradients of the hidden states in their dtype, and of the head in float32."""
+
+    def add(carry: tuple[Array, Array], part: Any) -> tuple[tuple[Array, Array], Array]:
+        total, head_gradient = carry
+        loss, probs, target = _chunk_loss(head, part, axes)
+        gap = ((probs - target.astype(jnp.float32)) * part[2][..., None]).astype(hidden.dtype)
+        hidden_gradient = axes.over_classes(lax.psum, row_product(gap, head))
+        # Of the shape [D,N]: for [N,D] XLA on CPU would first transpose the gap, which is large.
+        tokens = tuple(range(gap.ndim - 1))
+        step = jnp.tensordot(
+            part[0], gap, axes=(tokens, tokens), preferred_element_type=jnp.float32
+        )
+        return (total + loss, head_gradient + step), hidden_gradient.astype(hidden.dtype)
+
+    start = axes.zeros((), classes=False), axes.zeros(head.shape[::-1], classes=True)
+    parts = _split(hidden, targets, weights, chunk)
+    (total, head_gradient), hidden_gradient = lax.scan(add, start, parts)
+    return total, _unfold(hidden_gradient, hidden.shape), head_gradient.T
 
 
 def _split(hidden: Array, targets: Array, weights: Array, chunk: int) -> tuple[Array, Array, Array]:
@@ -66,16 +154,22 @@ def _unfold(parts: Array, shape: tuple[int, ...]) -> Array:
     return jnp.moveaxis(parts, 0, len(lead)).reshape(*lead, -1, D)[..., :S, :]
 
 
-def _chunk_loss(head: Array, part: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-    """Weighted loss [], probabilities [...,c,N], and which class is the target, of that shape."""
+def _chunk_loss(
+    head: Array, part: tuple[Array, Array, Array], axes: Axes
+) -> tuple[Array, Array, Array]:
+    """Weighted loss [], probabilities [...,c,N], and which class is the target, of that shape.
+
+    Where classes are split over devices, N are those of this one.
+    """
     hidden, targets, weights = part
     logits = row_product(hidden, head.T)
-    logits = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    logits = logits - axes.over_classes(lax.pmax, jnp.max(logits, axis=-1, keepdims=True))
     exponential = jnp.exp(logits)
-    total = jnp.sum(exponential, axis=-1)
-    classes = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
-    target = targets[..., None] == classes
-    chosen = jnp.sum(jnp.where(target, logits, 0.0), axis=-1)
+    total = axes.over_classes(lax.psum, jnp.sum(exponential, axis=-1))
+    first = lax.axis_index(axes.classes) * logits.shape[-1]
+    classes = lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+    target = (targets - first)[..., None] == classes
+    chosen = axes.over_classes(lax.psum, jnp.sum(jnp.where(target, logits, 0.0), axis=-1))
     loss = jnp.sum(weights * (jnp.log(total) - chosen))
     return loss, exponential / total[..., None], target
 
@@ -83,26 +177,10 @@ def _chunk_loss(head: Array, part: tuple[Array, Array, Array]) -> tuple[Array, A
 def _forward(
     hidden: Array, head: Array, targets: Array, weights: Array, chunk: int
 ) -> tuple[Array, Any]:
-    low = head.astype(hidden.dtype)
-
-    def add(carry: tuple[Array, Array], part: Any) -> tuple[tuple[Array, Array], Array]:
-        total, head_gradient = carry
-        loss, probs, target = _chunk_loss(low, part)
-        gap = ((probs - target.astype(jnp.float32)) * part[2][..., None]).astype(hidden.dtype)
-        hidden_gradient = row_product(gap, low)
-        # Of the shape [D,N]: for [N,D] XLA on CPU would first transpose the gap, which is large.
-        tokens = tuple(range(gap.ndim - 1))
-        step = jnp.tensordot(
-            part[0], gap, axes=(tokens, tokens), preferred_element_type=jnp.float32
-        )
-        return (total + loss, head_gradient + step), hidden_gradient.astype(hidden.dtype)
-
-    start = (jnp.zeros((), jnp.float32), jnp.zeros(head.shape[::-1], jnp.float32))
-    parts = _split(hidden, targets, weights, chunk)
-    (total, head_gradient), hidden_gradient = jax.lax.scan(add, start, parts)
-    hidden_gradient = _unfold(hidden_gradient, hidden.shape)
-    kept = (hidden_gradient, head_gradient.T.astype(head.dtype), targets, weights)
-    return total, kept
+    total, hidden_gradient, head_gradient = _where_they_lie(
+        _losses_and_gradients, hidden, head, targets, weights, chunk
+    )
+    return total, (hidden_gradient, head_gradient.astype(head.dtype), targets, weights)
 
 
 def _backward(chunk: int, kept: Any, cotangent: Array) -> tuple[Array, Array, Any, Array]:

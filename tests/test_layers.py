@@ -4,6 +4,7 @@ import math
 
 import chex
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from emoe_jax.layers import (
     PatchEmbed,
     RMSNorm,
     rotate,
+    row_product,
 )
 
 
@@ -32,6 +34,53 @@ def test_linear_by_hand():
     assert low(jnp.ones((1, 2))).dtype == jnp.bfloat16
     assert low.kernel[...].dtype == jnp.float32
     assert not hasattr(low, "bias")
+
+
+def test_products_and_gradients_by_hand():
+    # y = x W; of the sum of y·g: dx = g Wᵀ, dW = xᵀ g.
+    x, kernel, g = (
+        jnp.array([[[1.0, 2.0]]]),
+        jnp.array([[1.0, 0.0], [3.0, -1.0]]),
+        jnp.array([2.0, 1.0]),
+    )
+    out, pull = jax.vjp(row_product, x, kernel)
+    np.testing.assert_array_equal(out, [[[7.0, -2.0]]])
+    d_x, d_kernel = pull(g.reshape(1, 1, 2))
+    np.testing.assert_array_equal(d_x, [[[2.0, 5.0]]])
+    np.testing.assert_array_equal(d_kernel, [[2.0, 1.0], [4.0, 2.0]])
+
+
+def products_of(program):
+    """The dtypes of the operands and results of all matrix products, inner programs included."""
+    for eqn in program.eqns:
+        if eqn.primitive.name == "dot_general":
+            yield tuple(leaf.aval.dtype.name for leaf in (*eqn.invars, *eqn.outvars))
+        for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+            yield from products_of(inner)
+
+
+def test_low_precision_products_are_so_backward_too():
+    x, kernel, cotangent = draw((5, 3)).astype(jnp.bfloat16), draw((3, 4), 1), draw((5, 4), 2)
+
+    def gradients(x, kernel):
+        return jax.vjp(row_product, x, kernel)[1](cotangent)
+
+    program = jax.make_jaxpr(gradients)(x, kernel)
+    # Forward, and for each of the gradients; sums in float32.
+    assert list(products_of(program.jaxpr)) == 3 * [("bfloat16", "bfloat16", "float32")]
+    d_x, d_kernel = gradients(x, kernel)
+    assert (d_x.dtype, d_kernel.dtype) == (jnp.bfloat16, jnp.float32)
+    low = np.asarray(cotangent.astype(jnp.bfloat16), np.float32)
+    # The kernel's is not rounded: 2^-9 is what that would leave, relatively.
+    np.testing.assert_allclose(d_kernel, np.asarray(x, np.float32).T @ low, rtol=1e-5, atol=1e-6)
+    narrow = np.asarray(kernel.astype(jnp.bfloat16), np.float32)
+    np.testing.assert_allclose(np.asarray(d_x, np.float32), low @ narrow.T, rtol=2**-8, atol=1e-6)
+
+
+def test_no_rounded_copy_of_the_kernel_is_kept():
+    _, pull = jax.vjp(row_product, draw((5, 3)).astype(jnp.bfloat16), draw((3, 4), 1))
+    kept = [leaf.dtype for leaf in jax.tree.leaves(pull) if leaf.shape == (3, 4)]
+    assert kept == [jnp.float32]
 
 
 def test_linear_starts_with_the_deviation_of_its_fan_in():

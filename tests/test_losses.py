@@ -12,6 +12,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from emoe_jax.losses import chunked_cross_entropy, cross_entropy
+from emoe_jax.sharding import MeshConfig, batch_sharding, in_mesh, make_mesh
+from train.collectives import collectives
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -134,6 +136,80 @@ def test_sequences_stay_on_their_devices():
     compiled = jax.jit(gradients).lower(hidden, head, targets, weights).compile()
     assert "all-reduce" in compiled.as_text()
     assert "all-gather" not in compiled.as_text()
+
+
+MESHES = (
+    {"data": 8},
+    {"data": 2, "fsdp": 2, "expert": 2},
+    {"fsdp": 2, "tensor": 2},
+    {"data": 2, "expert": 2, "tensor": 2},
+)
+
+
+def on_mesh(sizes, chunk):
+    """The loss and its gradients on a mesh, and where its arguments lie there."""
+    mesh = make_mesh(
+        MeshConfig(**({"data": 1} | sizes)), jax.devices()[: math.prod(sizes.values())]
+    )
+    loss = jax.value_and_grad(partial(chunked_cross_entropy, chunk=chunk), (0, 1))
+    rows = batch_sharding(mesh)
+    classes = NamedSharding(mesh, PartitionSpec("tensor", "fsdp"))
+    return jax.jit(in_mesh(mesh, loss)), (rows, classes, rows, rows)
+
+
+def sequences(dtype, classes=12):
+    """Eight sequences of five positions."""
+    rng = np.random.default_rng(0)
+    targets = jnp.asarray(rng.integers(0, classes, (8, 5)), jnp.int32)
+    weights = jnp.asarray(rng.uniform(size=(8, 5)), jnp.float32)
+    return draw((8, 5, 4)).astype(dtype), draw((classes, 4), 1), targets, weights
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_every_mesh_equals_one_device(sizes, dtype):
+    arguments = sequences(dtype)
+    expected = jax.value_and_grad(partial(chunked_cross_entropy, chunk=3), (0, 1))(*arguments)
+    # Two positions of each of a device's sequences at a time; the last is padded.
+    run, places = on_mesh(sizes, 2 * 8 * sizes.get("tensor", 1) // math.prod(sizes.values()))
+    result = run(*jax.device_put(arguments, places))
+    # Of the head's gradient, summed in float32, no more is lost on a mesh.
+    low = {"rtol": 1e-5, "atol": 1e-5 if dtype == "float32" else 1e-2}
+    chex.assert_trees_all_close(result[1][0], expected[1][0], **low)
+    chex.assert_trees_all_close(
+        (result[0], result[1][1]), (expected[0], expected[1][1]), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_a_batch_that_a_mesh_does_not_divide_has_the_same_loss():
+    arguments = [array[:3] for array in sequences("float32")]
+    expected = jax.value_and_grad(partial(chunked_cross_entropy, chunk=3), (0, 1))(*arguments)
+    run, _ = on_mesh({"fsdp": 4}, 3)
+    chex.assert_trees_all_close(run(*arguments), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_head_travels_once_in_the_compute_dtype_and_its_gradient_in_float32():
+    run, places = on_mesh({"data": 2, "fsdp": 2, "expert": 2}, 1)
+    arguments = jax.device_put(sequences("bfloat16", classes=12), places)
+    program = run.trace(*arguments).jaxpr
+    # 12 classes of 4 numbers: half of it comes in bfloat16, half of its sums goes in float32.
+    moved = [
+        (each.kind, each.shape, each.given, each.times)
+        for each in collectives(program, "fsdp", "cpu")
+        if each.shape
+    ]
+    assert moved == [
+        ("all_gather", (12, 2), 12 * 2 * 2, 1),
+        ("reduce_scatter", (12, 4), 12 * 4 * 4, 1),
+    ]
+
+
+def test_a_chunk_is_that_of_a_device():
+    # Three of the five positions of its sequences, in logits of 40 classes.
+    for devices, sequences_here in ((4, 2), (2, 4)):
+        run, places = on_mesh({"data": devices}, 3 * sequences_here)
+        arguments = jax.device_put(sequences("float32", classes=40), places)
+        assert largest_array(run, *arguments) == sequences_here * 3 * 40
 
 
 def test_sequences_equal_their_tokens():

@@ -77,5 +77,6 @@ def test_nothing_travels_a_second_time_unless_asked_to(mesh, exchange):
     assert moved(mesh, exchange, "exchange") == once
     again = moved(mesh, exchange, "full")
     assert again > once
-    # What brings the most are the rows.
-    assert again[max(again, key=lambda key: key[1])] > once[max(once, key=lambda key: key[1])]
+    # What brings the most are the rows, but for the gradients of the head, which are summed once.
+    rows = max((key for key in once if not key[0].startswith("psum")), key=lambda key: key[1])
+    assert again[rows] > once[rows]

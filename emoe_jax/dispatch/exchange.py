@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from emoe_jax.config import MoEConfig, require
@@ -131,9 +132,10 @@ def exchange(
         experts: [T,K] int32, E for an assignment that goes nowhere. K may exceed `config.top_k`
             where few of the assignments go anywhere (expert choice); buffers are of that size.
         gates: [T,K] float32.
-        weights: the experts' arrays by name, see `experts.Experts`.
-        apply: the experts: weights, rows [M,D] sorted by expert and sizes [E/X] to rows [M,D]. It
-            must not hold traced arrays.
+        weights: the experts' arrays by name, see `experts.Experts`. Their gradients are summed over
+            devices in their own dtype.
+        apply: the experts: weights, in their own dtype or the tokens', rows [M,D] sorted by expert
+            and sizes [E/X] to rows [M,D]. It must not hold traced arrays.
         config: of the layer.
         mesh: with all of `sharding.AXES`.
 
@@ -191,7 +193,9 @@ def _body(
 
     def run(tokens: Array, experts: Array, gates: Array, weights: Weights) -> Any:
         with jax.named_scope("gather_experts"):
-            whole = {name: _gather(leaf, places[name]) for name, leaf in weights.items()}
+            whole = {
+                name: _gather(leaf, places[name], tokens.dtype) for name, leaf in weights.items()
+            }
         inputs = [transport.vary(part, BATCH_AXES) for part in (tokens, experts, gates)]
         chunks = [jnp.split(part, _chunks(config, X)) for part in inputs]
         done = [
@@ -225,21 +229,57 @@ def _kept(primitive: Any, *_: Any, **params: Any) -> bool:
 
     Naming them is not enough: what is named would be made again from what was gathered, kept.
     """
+    if primitive.name == "name":
+        return bool(params["name"] != GATHERED)
+    return not _gathers(primitive, params)
+
+
+def _gathers(primitive: Any, params: dict[str, Any]) -> bool:
+    """Whether it gathers over `fsdp`, itself or by what it calls."""
     if primitive.name == "all_gather":
-        return RULES["embed"] not in params["axis_name"]
-    return primitive.name != "name" or params["name"] != GATHERED
+        return RULES["embed"] in params["axis_name"]
+    inner = (eqn for program in jaxprs_in_params(params) for eqn in program.eqns)
+    return any(_gathers(eqn.primitive, eqn.params) for eqn in inner)
 
 
-def _gather(leaf: Array, place: PartitionSpec) -> Array:
-    """Whole over `fsdp`; a bias that the shards of `tensor` would each add is kept by the first."""
+def _gather(leaf: Array, place: PartitionSpec, dtype: jnp.dtype) -> Array:
+    """Whole over `fsdp`, in `dtype` where it had to travel.
+
+    A bias that the shards of `tensor` would each add is kept by the first.
+    """
     # Marked before it is gathered: so gradients are summed over other axes when they are scattered.
     leaf = transport.vary(leaf, [name for name in place if name])
     for axis, name in enumerate(place):
         if name == RULES["embed"] and lax.axis_size(name) > 1:
-            leaf = lax.all_gather(leaf, name, axis=axis, tiled=True)
+            leaf = _travel(leaf, axis, dtype, leaf.dtype)
     if RULES["mlp"] not in place:
         leaf = jnp.where(lax.axis_index(RULES["mlp"]) == 0, leaf, jnp.zeros_like(leaf))
     return checkpoint_name(leaf, GATHERED)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _travel(leaf: Array, axis: int, low: jnp.dtype, own: jnp.dtype) -> Array:
+    """Gathered over `fsdp` in a lower dtype; the gradient is summed in the leaf's own.
+
+    The transpose of a gather would sum as many numbers as there are devices in the lower one.
+    """
+    return lax.all_gather(leaf.astype(low), RULES["embed"], axis=axis, tiled=True)
+
+
+def _travel_forward(
+    leaf: Array, axis: int, low: jnp.dtype, own: jnp.dtype
+) -> tuple[Array, tuple[()]]:
+    return _travel(leaf, axis, low, own), ()
+
+
+def _travel_backward(
+    axis: int, low: jnp.dtype, own: jnp.dtype, _: tuple[()], cotangent: Array
+) -> tuple[Array]:
+    wide = cotangent.astype(own)
+    return (lax.psum_scatter(wide, RULES["embed"], scatter_dimension=axis, tiled=True),)
+
+
+_travel.defvjp(_travel_forward, _travel_backward)
 
 
 def _chunk(

@@ -14,7 +14,7 @@ from jax import lax
 
 from emoe_jax import devices
 from emoe_jax.grouped import loops, native, ragged
-from emoe_jax.grouped.products import Product
+from emoe_jax.grouped.products import Product, accumulator
 
 Array = jax.Array
 
@@ -107,6 +107,9 @@ def grouped_matmul(rows: Array, weights: Array, sizes: Array, *, backend: str = 
     sum(sizes) give exact zeros and get zero gradients, whatever they hold. An empty group's matrix
     gets a zero gradient.
 
+    Weights in float32 for rows of lower precision are rounded to the rows' dtype for the products,
+    forward and backward, and get gradients that are not rounded. No rounded copy of them is kept.
+
     "auto" is "ragged_dot" on TPU and ROCm, "triton" on CUDA, and on a CPU "native", or "loops"
     where `native.missing()` says why. It is decided when the program is lowered
     (`jax.lax.platform_dependent`), not from the process's default backend, because an ahead-of-time
@@ -123,7 +126,7 @@ def grouped_matmul(rows: Array, weights: Array, sizes: Array, *, backend: str = 
 
     Args:
         rows: [M,D], sorted by group.
-        weights: [E,D,F], of the rows' dtype.
+        weights: [E,D,F], of the rows' dtype or float32.
         sizes: [E] int32, rows in each group, non-negative, sum at most M. The values are not
             checked: they are known only on the device.
         backend: one of `BACKENDS`.
@@ -182,9 +185,11 @@ def _check(rows: Array, weights: Array, sizes: Array) -> None:
             f"sizes counts {sizes.shape[0]} groups and weights hold {weights.shape[0]}; "
             "give one size for each expert."
         )
-    if rows.dtype != weights.dtype or not jnp.issubdtype(rows.dtype, jnp.floating):
+    wide = weights.dtype == accumulator(rows.dtype)
+    if not jnp.issubdtype(rows.dtype, jnp.floating) or not (wide or rows.dtype == weights.dtype):
         raise ValueError(
-            f"rows are {rows.dtype} and weights {weights.dtype}; cast both to one floating dtype."
+            f"rows are {rows.dtype} and weights {weights.dtype}; cast both to one floating dtype, or"
+            f" leave the weights in {accumulator(rows.dtype)}."
         )
     if sizes.dtype != jnp.int32:
         raise ValueError(f"sizes are {sizes.dtype}; cast them to int32.")
@@ -195,7 +200,7 @@ def _check(rows: Array, weights: Array, sizes: Array) -> None:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(backend: str, rows: Array, weights: Array, sizes: Array) -> Array:
-    return _multiply(backend, Product.MATRIX, rows, weights, sizes)
+    return _multiply(backend, Product.MATRIX, rows, weights.astype(rows.dtype), sizes)
 
 
 def _product_forward(
@@ -208,9 +213,9 @@ def _product_backward(
     backend: str, residuals: tuple[Array, Array, Array], d_out: Array
 ) -> tuple[Array, Array, None]:
     rows, weights, sizes = residuals
-    d_rows = _multiply(backend, Product.TRANSPOSE, d_out, weights, sizes)
+    d_rows = _multiply(backend, Product.TRANSPOSE, d_out, weights.astype(rows.dtype), sizes)
     d_weights = _multiply(backend, Product.COLUMNS, rows, d_out, sizes)
-    return d_rows, d_weights, None
+    return d_rows, d_weights.astype(weights.dtype), None
 
 
 _product.defvjp(_product_forward, _product_backward)

@@ -49,8 +49,9 @@ def multiply(product: Product, left: Array, right: Array, sizes: Array) -> Array
         sizes: [E] int32.
 
     Returns:
-        Of the shape that `product` says, in the operands' dtype. Rows that are no expert's are zero
-        in a product of rows and count for nothing in one of columns.
+        Of the shape that `product` says, in the operands' dtype, or for `Product.COLUMNS` in that
+        of its sums (`products.accumulator`). Rows that are no expert's are zero in a product of
+        rows and count for nothing in one of columns.
     """
     if product is Product.COLUMNS:
         return _columns(left, right, sizes)
@@ -204,6 +205,5 @@ def _columns(rows: Array, d_out: Array, sizes: Array) -> Array:
             out = _repeat(tail == i + 1, out, run, e, start + full * blocks[-1])
         return _repeat(full, out, full_product, e, start)
 
-    # Low-precision gradients are summed over blocks in float32 and rounded once.
     out = jnp.zeros_like(rows, shape=(E, D, F), dtype=accumulator(rows.dtype))
-    return lax.fori_loop(0, E, expert, out).astype(rows.dtype)
+    return lax.fori_loop(0, E, expert, out)

@@ -65,4 +65,5 @@ def multiply(product: Product, left: Array, right: Array, sizes: Array) -> Array
     result = kind.update(shape=shape, dtype=jnp.dtype(jnp.float32), sharding=sharding)
     call = jax.ffi.ffi_call(name, result, vmap_method="sequential")
     operands = left.astype(jnp.float32), right.astype(jnp.float32)
-    return call(*operands, sizes).astype(left.dtype)
+    out = call(*operands, sizes)
+    return out if product is Product.COLUMNS else out.astype(left.dtype)

@@ -27,8 +27,7 @@ def multiply(product: Product, left: Array, right: Array, sizes: Array) -> Array
         return _zero_past_end(out.astype(left.dtype), sizes)
     # Zeroed on both sides: zero times a NaN past the end would still be NaN.
     ends = _zero_past_end(left, sizes), _zero_past_end(right, sizes)
-    out = lax.ragged_dot_general(*ends, sizes, _COLUMNS, preferred_element_type=accumulate)
-    return out.astype(left.dtype)
+    return lax.ragged_dot_general(*ends, sizes, _COLUMNS, preferred_element_type=accumulate)
 
 
 def _zero_past_end(array: Array, sizes: Array) -> Array:

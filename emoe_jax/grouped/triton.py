@@ -105,7 +105,8 @@ def _rows(product: Product, rows: Array, weights: Array, sizes: Array, *, interp
     # Tiles of the same rows are neighbours: they share the rows, and their expert's matrix stays in
     # the second-level cache.
     grid = pl.cdiv(width, side), tiles[0].shape[0]
-    return _call(kernel, grid, (M, width), (rows, weights, *tiles), interpret=interpret)
+    shape = jax.ShapeDtypeStruct((M, width), rows.dtype)
+    return _call(kernel, grid, shape, (rows, weights, *tiles), interpret=interpret)
 
 
 def _rows_kernel(
@@ -154,7 +155,8 @@ def _columns(left: Array, right: Array, sizes: Array, *, interpret: bool) -> Arr
     ends = _ends(sizes, M)
     kernel = partial(_columns_kernel, (height, side, _depth(M / E, left.dtype)))
     grid = pl.cdiv(F, side), pl.cdiv(D, height), E
-    return _call(kernel, grid, (E, D, F), (left, right, _starts(ends), ends), interpret=interpret)
+    shape = jax.ShapeDtypeStruct((E, D, F), jnp.float32)
+    return _call(kernel, grid, shape, (left, right, _starts(ends), ends), interpret=interpret)
 
 
 def _columns_kernel(
@@ -188,15 +190,15 @@ def _columns_kernel(
 def _call(
     kernel: Callable[..., None],
     grid: tuple[int, ...],
-    shape: tuple[int, ...],
+    shape: jax.ShapeDtypeStruct,
     operands: tuple[Array, ...],
     *,
     interpret: bool,
 ) -> Array:
     """Runs a kernel on whole arrays, from which it reads its own parts."""
-    kind = jax.typeof(operands[0])
     # Inside shard_map the result varies over the mesh axes over which the operands do.
-    result = jax.ShapeDtypeStruct(shape, kind.dtype, manual_axis_type=kind.manual_axis_type)
+    varying = jax.typeof(operands[0]).manual_axis_type
+    result = jax.ShapeDtypeStruct(shape.shape, shape.dtype, manual_axis_type=varying)
     return pl.pallas_call(
         kernel,
         grid=grid,

@@ -103,7 +103,7 @@ class EMoELM(nnx.Module):
 
     def logits(self, hidden: Array) -> Array:
         """Logits [...,N] float32 of hidden states [...,D]."""
-        head = self._head().astype(hidden.dtype)
+        head = gathered(self._output()[...].astype(hidden.dtype), "head")
         return row_product(hidden, head.T)
 
     def nll(
@@ -123,9 +123,8 @@ class EMoELM(nnx.Module):
             rows=batch["rows"],
             key=key,
         )
-        chunk = self.config.loss_chunk
-        loss = chunked_cross_entropy(hidden, self._head(), batch["targets"], weights, chunk)
-        return loss, aux
+        head, chunk = self._output()[...], self.config.loss_chunk
+        return chunked_cross_entropy(hidden, head, batch["targets"], weights, chunk), aux
 
     def init_cache(self, batch: int, length: int) -> Tree:
         """Empty key-value caches for `decode`, for up to `length` positions."""
@@ -155,6 +154,6 @@ class EMoELM(nnx.Module):
             x = x * math.sqrt(self.config.width)
         return x.astype(self.config.dtype)
 
-    def _head(self) -> Array:
-        name = "embedding" if self.config.tie_head else "head"
-        return gathered(getattr(self, name)[...], name)
+    def _output(self) -> nnx.Param[Array]:
+        """The head [N,D]: with `tie_head` the embedding, which lies as a head does on a mesh."""
+        return self.embedding if self.config.tie_head else self.head

@@ -1,5 +1,7 @@
 """What exchanges drop where asked to, what they refuse, and where the layer does without one."""
 
+import collections
+import math
 import re
 from functools import cache
 
@@ -18,6 +20,7 @@ from emoe_jax.dispatch.exchange import choose_exchange
 from emoe_jax.experts import apply_experts
 from emoe_jax.sharding import MeshConfig, make_mesh
 from tests.dispatch.agreement import SHARE, draw
+from train.collectives import collectives
 
 X, E, T, K, D, F = 4, 8, 24, 2, 4, 4
 A = T // X * K
@@ -185,6 +188,36 @@ def test_bfloat16_experts_agree_with_one_device(name):
     assert float(stats["exchanges"]) == 1
     # bfloat16 rounds by 2^-9; sums over K and over tokens are made in another order.
     assert_close((out, gradients), (expected, others), share=0.02)
+
+
+def test_experts_travel_in_the_compute_dtype_and_their_gradients_in_float32():
+    layer = make_layer("bfloat16", exchange="all_to_all")
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, expert=2), jax.devices()[:8])
+    graph, params = nnx.split(layer)
+
+    def loss(params, tokens):
+        return jnp.sum(nnx.merge(graph, params)(tokens)[0].astype(jnp.float32))
+
+    tokens = jnp.zeros((8, 6, D), jnp.bfloat16)
+    with jax.set_mesh(mesh):
+        program = jax.jit(jax.grad(loss)).trace(params, tokens).jaxpr
+    held = E // 2
+    found = collections.Counter(
+        (each.kind, each.shape, each.given // math.prod(each.shape))
+        for axis in ("fsdp", "data")
+        for each in collectives(program, axis, "cpu")
+        if len(each.shape) == 3
+    )
+    # Half of [held,D,F] or [held,F,D] a device: two bytes a number where gathered, again for the
+    # backward pass; four where gradients are scattered over fsdp and then summed over data.
+    up, down, whole = (held, D // 2, F), (held, F, D // 2), (held, D, F)
+    assert found == {
+        ("all_gather", up, 2): 2,
+        ("all_gather", down, 2): 2,
+        ("reduce_scatter", whole, 4): 2,
+        ("psum_invariant", up, 4): 1,
+        ("psum_invariant", down, 4): 1,
+    }
 
 
 def forward(layer, context):

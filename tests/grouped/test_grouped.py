@@ -194,6 +194,30 @@ def test_dense_where_the_compiler_knows_no_grouped_product():
     assert not any(is_dense(backend, "cuda") for backend in ("triton", "native", "loops"))
 
 
+@pytest.mark.parametrize("backend", ["native", "loops", "ragged_dot", "triton"])
+def test_wide_weights_are_rounded_for_the_products_and_their_gradients_are_not(backend):
+    M, E, D, F = 24, 3, 4, 5
+    sizes = jnp.array([9, 0, 13], jnp.int32)
+    rows, weights, cotangent = operands(M, E, D, F)
+    rows, cotangent = rows.astype(jnp.bfloat16), cotangent.astype(jnp.bfloat16)
+    out, d_rows, d_weights = product_and_gradients(rows, weights, sizes, cotangent, backend)
+    low = product_and_gradients(rows, weights.astype(jnp.bfloat16), sizes, cotangent, backend)
+    chex.assert_trees_all_equal((out, d_rows), low[:2])
+    assert d_weights.dtype == jnp.float32
+    exact = oracle(rows, weights, sizes, cotangent)[2]
+    # 2^-9 is what rounding to bfloat16 leaves, relatively.
+    np.testing.assert_allclose(d_weights, exact, rtol=1e-6, atol=1e-6)
+    assert not np.allclose(low[2].astype(jnp.float32), exact, rtol=1e-6, atol=1e-6)
+
+
+def test_no_rounded_copy_of_the_weights_is_kept():
+    rows, weights, _ = operands(6, 2, 3, 4)
+    product = partial(grouped_matmul, sizes=jnp.array([4, 2], jnp.int32), backend="loops")
+    _, pull_back = jax.vjp(product, rows.astype(jnp.bfloat16), weights)
+    kept = [leaf for leaf in jax.tree.leaves(pull_back) if leaf.shape == weights.shape]
+    assert [leaf.dtype for leaf in kept] == [jnp.float32]
+
+
 @pytest.mark.parametrize(
     ("rows", "weights", "sizes", "words"),
     [
@@ -210,7 +234,9 @@ def test_shapes_that_do_not_fit(rows, weights, sizes, words):
 
 def test_dtypes_that_do_not_fit():
     rows, weights, sizes = jnp.zeros((4, 3)), jnp.zeros((2, 3, 5)), jnp.zeros(2, jnp.int32)
-    with pytest.raises(ValueError, match="bfloat16 and weights float32; cast both"):
-        grouped_matmul(rows.astype(jnp.bfloat16), weights, sizes)
+    with pytest.raises(ValueError, match="float32 and weights bfloat16; cast both"):
+        grouped_matmul(rows, weights.astype(jnp.bfloat16), sizes)
+    with pytest.raises(ValueError, match=r"bfloat16 and weights float16.* leave .* in float32"):
+        grouped_matmul(rows.astype(jnp.bfloat16), weights.astype(jnp.float16), sizes)
     with pytest.raises(ValueError, match="sizes are float32; cast them to int32"):
         grouped_matmul(rows, weights, sizes.astype(jnp.float32))
