@@ -54,7 +54,7 @@ def _where_they_lie(
         low = gathered(head.astype(hidden.dtype), "head")
         return sums(hidden, low, targets, weights, chunk, Axes((), ()))
     # Named only where it cuts: XLA on CPU carries out a sum over one device.
-    classes = (RULES["vocab"],) if mesh.shape[RULES["vocab"]] > 1 else ()
+    classes = tuple(axis for axis in (RULES["vocab"],) if axis and mesh.shape[axis] > 1)
     rows, place = PartitionSpec(BATCH_AXES), PartitionSpec(classes, RULES["embed"])
 
     def body(hidden: Array, head: Array, targets: Array, weights: Array) -> tuple[Array, ...]:

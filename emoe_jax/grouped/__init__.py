@@ -185,11 +185,11 @@ def _check(rows: Array, weights: Array, sizes: Array) -> None:
             f"sizes counts {sizes.shape[0]} groups and weights hold {weights.shape[0]}; "
             "give one size for each expert."
         )
-    wide = weights.dtype == accumulator(rows.dtype)
-    if not jnp.issubdtype(rows.dtype, jnp.floating) or not (wide or rows.dtype == weights.dtype):
+    wide = accumulator(rows.dtype)
+    if not jnp.issubdtype(rows.dtype, jnp.floating) or weights.dtype not in (rows.dtype, wide):
         raise ValueError(
-            f"rows are {rows.dtype} and weights {weights.dtype}; cast both to one floating dtype, or"
-            f" leave the weights in {accumulator(rows.dtype)}."
+            f"rows are {rows.dtype} and weights {weights.dtype}; cast both to one floating dtype,"
+            f" or leave the weights in {wide}."
         )
     if sizes.dtype != jnp.int32:
         raise ValueError(f"sizes are {sizes.dtype}; cast them to int32.")
