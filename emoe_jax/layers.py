@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from emoe_jax.remat import multiplied
+
 Array = jax.Array
 
 NORM_EPSILON = 1e-6
@@ -83,7 +85,7 @@ class Linear(nnx.Module):
         out = row_product(x.astype(self.dtype), self.kernel[...])
         if self.biased:
             out = out + self.bias[...]
-        return out.astype(self.dtype)
+        return multiplied(out.astype(self.dtype))
 
 
 class RMSNorm(nnx.Module):

@@ -22,6 +22,9 @@ DECIDED = "routing_decision"
 EXCHANGED = "exchanged_rows"
 """Checkpoint name of rows that have come from other devices."""
 
+MULTIPLIED = "linear_map"
+"""Checkpoint name of what a linear map gives, in the compute dtype."""
+
 
 def decided(integers: Array) -> Array:
     """Names what a router, or the sorting of its choices, has decided.
@@ -34,6 +37,14 @@ def decided(integers: Array) -> Array:
 def exchanged(rows: Array) -> Array:
     """Names what an exchange has brought."""
     return checkpoint_name(rows, EXCHANGED)
+
+
+def multiplied(rows: Array) -> Array:
+    """Names what a linear map gives.
+
+    Its product has a derivative of its own (`layers.row_product`), so policies do not see it as one.
+    """
+    return checkpoint_name(rows, MULTIPLIED)
 
 
 def remat(function: Callable[..., Any], policy: str) -> Callable[..., Any]:
@@ -51,7 +62,9 @@ def remat(function: Callable[..., Any], policy: str) -> Callable[..., Any]:
     policies = jax.checkpoint_policies
     kept = {
         "full": policies.nothing_saveable,
-        "dots": policies.dots_with_no_batch_dims_saveable,
+        "dots": policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(MULTIPLIED)
+        ),
         "exchange": policies.save_only_these_names(DECIDED, EXCHANGED),
     }
     return jax.checkpoint(function, policy=kept[policy])

@@ -29,6 +29,10 @@ HIDDEN_PASSES = 40.0
 ROW_PASSES = 24.0
 """The same of arrays [rows,D] in the compute dtype in a layer of experts."""
 
+LOGIT_PASSES = 6.0
+"""The same of float32 arrays [t,N] in the loss: once by the product, twice for the sums, and in the
+compute dtype written and read by two products for the gradients."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
@@ -244,7 +248,15 @@ def _traffic(config: ExperimentConfig, sizes: Sizes, held: float, rounds: int) -
         one = 4.0 * sizes.sequences * model.heads / tp * sizes.length**2
         scores = SCORE_PASSES * one * sizes.layers
     rows = ROW_PASSES * sizes.rows * sizes.chunks * rounds * D * c * sum(moe_layers(model))
-    return optimizer + (weights + hidden + scores + rows) * config.accumulate
+    loss = _loss_traffic(model, t, tp, c) if isinstance(model, LMConfig) else 0.0
+    return optimizer + (weights + hidden + scores + rows + loss) * config.accumulate
+
+
+def _loss_traffic(model: LMConfig, t: int, tp: int, c: int) -> float:
+    """Logits, and for each chunk of them the head, read twice, and its gradient, read and written."""
+    classes = model.vocab_size / tp
+    chunks = math.ceil(t / model.loss_chunk)
+    return 4.0 * LOGIT_PASSES * t * classes + chunks * classes * model.width * (2 * c + 8)
 
 
 def _exchange(
@@ -285,6 +297,10 @@ def _weights(
     experts, dense, vocabulary = (
         weights.held(mesh, part) / 4 for part in ("experts", "blocks", "vocabulary")
     )
+    # A table of the vocabulary is looked up, one makes logits; tied, one does both. Images have no
+    # words, and their head is small and everywhere.
+    lm = isinstance(model, LMConfig)
+    table = vocabulary if not isinstance(model, LMConfig) or model.tie_head else vocabulary / 2
     micro, flows = config.accumulate, []
     remat = 2 if model.remat != "none" else 1
 
@@ -301,17 +317,21 @@ def _weights(
     if f > 1:
         ring("fsdp gather", ("fsdp",), f * dense * c * remat * micro, 4 * L * remat * micro)
         ring("fsdp gather", ("fsdp",), f * experts * c * (remat + 1) * micro, 3 * L * 3 * micro)
-        ring("fsdp gather", ("fsdp",), f * vocabulary * c * micro, 2 * micro)
-        ring("gradients", ("fsdp",), f * experts * c * micro, 3 * L * micro)
+        ring("fsdp gather", ("fsdp",), f * lm * table * (4 + c) * micro, 2 * micro)
+        ring("gradients", ("fsdp",), f * experts * 4 * micro, 3 * L * micro)
         ring("gradients", ("fsdp",), f * dense * 4 * micro, 4 * L * micro)
+        ring("gradients", ("fsdp",), f * lm * table * 4 * micro, micro)
     # An all-reduce is a scatter and a gather.
     others = tuple(axis for axis in ("data", "expert") if mesh[axis] > 1)
-    ring("gradients", others, 2 * dense * c * micro, 4 * L * micro)
-    ring("gradients", ("data",), 2 * experts * c * micro, 3 * L * micro)
+    ring("gradients", others, 2 * dense * 4 * micro, 4 * L * micro)
+    ring("gradients", others, 2 * lm * table * 4 * micro, micro)
+    ring("gradients", ("data",), 2 * experts * 4 * micro, 3 * L * micro)
     batch = tuple(axis for axis in ("data", "fsdp", "expert") if mesh[axis] > 1)
-    ring("gradients", batch, 2 * f * vocabulary * 4 * micro, 2 * micro)
+    ring("gradients", batch, 2 * f * table * 4 * micro, micro)
     if mesh["tensor"] > 1:
         size = sizes.tokens * sizes.width * c
         passes = 2 * L * (2 + (remat - 1)) * micro
         ring("tensor", ("tensor",), 2 * size * passes, passes)
+        chunks = math.ceil(sizes.tokens / model.loss_chunk) if isinstance(model, LMConfig) else 0
+        ring("tensor", ("tensor",), 2 * lm * sizes.tokens * sizes.width * 4 * micro, chunks * micro)
     return flows
