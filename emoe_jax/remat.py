@@ -42,7 +42,7 @@ def exchanged(rows: Array) -> Array:
 def multiplied(rows: Array) -> Array:
     """Names what a linear map gives.
 
-    Its product has a derivative of its own (`layers.row_product`), so policies do not see it as one.
+    Its product has a derivative of its own (`layers.row_product`): no policy sees it as a product.
     """
     return checkpoint_name(rows, MULTIPLIED)
 

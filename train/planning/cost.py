@@ -253,7 +253,7 @@ def _traffic(config: ExperimentConfig, sizes: Sizes, held: float, rounds: int) -
 
 
 def _loss_traffic(model: LMConfig, t: int, tp: int, c: int) -> float:
-    """Logits, and for each chunk of them the head, read twice, and its gradient, read and written."""
+    """Logits, and for each chunk of them the head, read twice, and its gradient, there and back."""
     classes = model.vocab_size / tp
     chunks = math.ceil(t / model.loss_chunk)
     return 4.0 * LOGIT_PASSES * t * classes + chunks * classes * model.width * (2 * c + 8)
@@ -317,7 +317,7 @@ def _weights(
     if f > 1:
         ring("fsdp gather", ("fsdp",), f * dense * c * remat * micro, 4 * L * remat * micro)
         ring("fsdp gather", ("fsdp",), f * experts * c * (remat + 1) * micro, 3 * L * 3 * micro)
-        ring("fsdp gather", ("fsdp",), f * lm * table * (4 + c) * micro, 2 * micro)
+        ring("fsdp gather", ("fsdp",), f * lm * table * 2 * c * micro, 2 * micro)
         ring("gradients", ("fsdp",), f * experts * 4 * micro, 3 * L * micro)
         ring("gradients", ("fsdp",), f * dense * 4 * micro, 4 * L * micro)
         ring("gradients", ("fsdp",), f * lm * table * 4 * micro, micro)

@@ -42,15 +42,17 @@ class Scratch:
         inner: arrays [rows,F], likewise.
         weights: copies of one layer's gathered experts in the compute dtype.
         vocabulary: float32 arrays [N,D] of the embedding's and head's gradients.
+        logits: float32 arrays [loss_chunk,N] while the loss is differentiated.
     """
 
     scores: float = 2.0
-    again: float = 3.0
+    again: float = 3.5
     hidden: float = 6.0
-    rows: float = 14.0
+    rows: float = 15.0
     inner: float = 6.0
     weights: float = 2.0
-    vocabulary: float = 3.0
+    vocabulary: float = 2.0
+    logits: float = 1.35
 
 
 SCRATCH = Scratch()
@@ -245,15 +247,19 @@ def predict(
     buffers = exchange_bytes(config, sizes)
     attention = _attention_scratch(config, sizes, scratch)
     experts = _expert_scratch(config, sizes, scratch)
+    gradients = _gradient_bytes(config, weights, mesh, scratch)
+    # Of this microbatch's gradients there are only the head's when the loss is differentiated.
+    earlier = weights.held(mesh, "blocks", "experts") if config.accumulate > 1 else 0.0
+    loss = _loss_scratch(config, sizes, scratch) + earlier - gradients
     return Memory(
         parameters=held,
         optimizer=2 * held,
         other=batch + weights.state,
         activations=kept,
-        gradients=_gradient_bytes(config, weights, mesh, scratch),
+        gradients=gradients,
         exchange=buffers,
-        # Buffers and attention take the same room one after the other.
-        scratch=max(attention, experts) - buffers,
+        # They take the same room one after the other.
+        scratch=max(attention, experts, loss) - buffers,
     )
 
 
@@ -332,6 +338,17 @@ def _expert_scratch(config: ExperimentConfig, sizes: Sizes, scratch: Scratch) ->
     matrices = 3 if model.moe.activation == "swiglu" else 2
     here = model.moe.experts / sizes.shards["expert"]
     return rows + scratch.weights * here * matrices * sizes.width * F * c
+
+
+def _loss_scratch(config: ExperimentConfig, sizes: Sizes, scratch: Scratch) -> float:
+    """Logits of a chunk, the head in the compute dtype, and its gradient."""
+    model = config.model
+    if isinstance(model, ViTConfig):
+        return 0.0
+    classes = model.vocab_size / sizes.shards["tensor"]
+    chunk = min(model.loss_chunk, sizes.tokens)
+    head = (4 + jnp.dtype(model.dtype).itemsize) * classes * model.width
+    return 4 * scratch.logits * chunk * classes + head
 
 
 def _gradient_bytes(

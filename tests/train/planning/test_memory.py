@@ -1,5 +1,7 @@
 """Memory by formula, with the numbers in sight."""
 
+import dataclasses
+
 import pytest
 
 from tests.train.planning.shapes import D, E, F, K, L, N, S, small
@@ -68,6 +70,21 @@ def test_the_larger_scratch_counts():
     experts = rows + SCRATCH.weights * 2 * E * 3 * D * F
     assert memory.scratch == max(attention, experts)
     assert experts > attention
+
+
+def test_a_large_chunk_of_logits_is_the_peak():
+
+    def memory(chunk):
+        config = small(model={"dtype": "bfloat16", "remat": "dots", "loss_chunk": chunk})
+        model = dataclasses.replace(config.model, vocab_size=50_000)
+        config = dataclasses.replace(config, model=model)
+        return predict(config, weigh(config), ONE)
+
+    few, many = memory(1), memory(16 * S)
+    # The head in bfloat16 and its gradient in float32, and logits of all 16 sequences.
+    loss = (2 + 4) * 50_000 * D + SCRATCH.logits * 4 * 16 * S * 50_000
+    assert many.total == pytest.approx(many.arguments + many.activations + loss)
+    assert few.total < many.total
 
 
 def test_a_fused_kernel_holds_no_scores():

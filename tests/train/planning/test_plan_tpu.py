@@ -45,6 +45,15 @@ CASES = {
         "data.sequence_length": 512,
         "batch": 32,
     },
+    "logits": {
+        "mesh.fsdp": 4,
+        "model.loss_chunk": 4096,
+        "data.vocab_size": 128_000,
+        "moe.experts": 32,
+        "moe.top_k": 2,
+        "data.sequence_length": 512,
+        "batch": 32,
+    },
     "tensor": {
         "mesh.fsdp": 2,
         "mesh.expert": 2,
