@@ -53,23 +53,29 @@ def _where_they_lie(
     if mesh is None or hidden.shape[0] % batch_shards(mesh):
         low = gathered(head.astype(hidden.dtype), "head")
         return sums(hidden, low, targets, weights, chunk, Axes((), ()))
-    # Named only where it cuts: XLA on CPU carries out a sum over one device.
-    classes = tuple(axis for axis in (RULES["vocab"],) if axis and mesh.shape[axis] > 1)
-    rows, place = PartitionSpec(BATCH_AXES), PartitionSpec(classes, RULES["embed"])
+    # Named only where they cut: XLA on CPU carries out what one device would do with itself.
+    classes, widths = (
+        tuple(axis for axis in (RULES[name],) if axis and mesh.shape[axis] > 1)
+        for name in ("vocab", "embed")
+    )
+    rows, place = PartitionSpec(BATCH_AXES), PartitionSpec(classes, widths)
 
     def body(hidden: Array, head: Array, targets: Array, weights: Array) -> tuple[Array, ...]:
         # In the compute dtype, so that half as much is gathered; gradients are summed in float32.
-        low = lax.all_gather(head.astype(hidden.dtype), RULES["embed"], axis=1, tiled=True)
+        low = head.astype(hidden.dtype)
+        if widths:
+            low = lax.all_gather(low, widths, axis=1, tiled=True)
         loss, *gradients = sums(hidden, low, targets, weights, chunk, Axes(BATCH_AXES, classes))
         loss = lax.psum(loss, BATCH_AXES)
         if not gradients:
             return (loss,)
         hidden_gradient, head_gradient = gradients
-        own = lax.psum_scatter(head_gradient, RULES["embed"], scatter_dimension=1, tiled=True)
-        others = tuple(axis for axis in BATCH_AXES if axis != RULES["embed"])
-        return loss, hidden_gradient, lax.psum(own, others)
+        if widths:
+            head_gradient = lax.psum_scatter(head_gradient, widths, scatter_dimension=0, tiled=True)
+        others = tuple(axis for axis in BATCH_AXES if axis not in widths)
+        return loss, hidden_gradient, lax.psum(head_gradient, others)
 
-    results = (PartitionSpec(), rows, place)[: 1 if sums is _losses else 3]
+    results = (PartitionSpec(), rows, PartitionSpec(widths, classes))[: 1 if sums is _losses else 3]
     spread = jax.shard_map(body, mesh=mesh, in_specs=(rows, place, rows, rows), out_specs=results)
     return spread(hidden, head, targets, weights)
 
@@ -111,7 +117,7 @@ def _losses(
 def _losses_and_gradients(
     hidden: Array, head: Array, targets: Array, weights: Array, chunk: int, axes: Axes
 ) -> tuple[Array, Array, Array]:
-    """The same, its gradients of the hidden states in their dtype, and of the head in float32."""
+    """The same, its gradients of the hidden states in their dtype, of the head [D,N] in float32."""
 
     def add(carry: tuple[Array, Array], part: Any) -> tuple[tuple[Array, Array], Array]:
         total, head_gradient = carry
@@ -128,7 +134,7 @@ def _losses_and_gradients(
     start = axes.zeros((), classes=False), axes.zeros(head.shape[::-1], classes=True)
     parts = _split(hidden, targets, weights, chunk)
     (total, head_gradient), hidden_gradient = lax.scan(add, start, parts)
-    return total, _unfold(hidden_gradient, hidden.shape), head_gradient.T
+    return total, _unfold(hidden_gradient, hidden.shape), head_gradient
 
 
 def _split(hidden: Array, targets: Array, weights: Array, chunk: int) -> tuple[Array, Array, Array]:
@@ -180,7 +186,7 @@ def _forward(
     total, hidden_gradient, head_gradient = _where_they_lie(
         _losses_and_gradients, hidden, head, targets, weights, chunk
     )
-    return total, (hidden_gradient, head_gradient.astype(head.dtype), targets, weights)
+    return total, (hidden_gradient, head_gradient.T.astype(head.dtype), targets, weights)
 
 
 def _backward(chunk: int, kept: Any, cotangent: Array) -> tuple[Array, Array, Any, Array]:

@@ -200,7 +200,7 @@ def test_the_head_travels_once_in_the_compute_dtype_and_its_gradient_in_float32(
     ]
     assert moved == [
         ("all_gather", (12, 2), 12 * 2 * 2, 1),
-        ("reduce_scatter", (12, 4), 12 * 4 * 4, 1),
+        ("reduce_scatter", (4, 12), 12 * 4 * 4, 1),
     ]
 
 
