@@ -19,7 +19,7 @@ TINY = ["--tokens=12", "--width=4", "--hidden=6", "--experts=3", "--repeats=2"]
         ([], "no benchmark named; choose from grouped, router"),
         (["grouped", "--experts=8,x"], "--experts=8,x must be positive integers"),
         (["grouped", "--experts=2", "--chosen=3"], "--chosen=3 experts a token needs at least"),
-        (["grouped", "--repeats=0"], "repeats"),
+        (["grouped", "--repeats=0"], "flag --repeats=0: 0 is not a positive integer"),
         (["grouped", "--json=missing/folder/x.json"], "folder missing/folder does not exist"),
     ],
 )

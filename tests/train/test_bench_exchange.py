@@ -158,7 +158,7 @@ def test_it_prints_two_tables_and_writes_rows(monkeypatch, tmp_path, capsys):
         (["--devices=16", "--experts=16"], "--devices=16 needs 16 devices, here are 8"),
         (["--devices=2,x"], "--devices=2,x must be positive integers, as in 2,4,8"),
         (["--devices=2", "--experts=2", "--chosen=3"], "--chosen=3 experts a token needs"),
-        (["--buffer_factor=0"], "buffer_factor"),
+        (["--buffer_factor=0"], "flag --buffer_factor=0: 0.0 is not number >= 0.01"),
     ],
 )
 def test_bad_input_is_refused(capsys, words, message):

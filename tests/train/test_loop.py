@@ -387,7 +387,8 @@ def test_missing_data_are_refused(tmp_path, monkeypatch):
 
 def test_images_of_another_size_are_refused(tmp_path, monkeypatch):
     tree = vit_tree(data={"image_size": 28})
-    refused(tree, tmp_path, ValueError, "8", monkeypatch)
+    words = r"images of 8x8, but data\.image_size=28 asks for 28x28; set data\.image_size=8"
+    refused(tree, tmp_path, ValueError, words, monkeypatch)
 
 
 def test_another_tokenizer_than_the_runs_own_is_refused(finished, one_device):
