@@ -11,7 +11,7 @@ from flax import nnx
 from emoe_jax.config import MoEConfig
 from emoe_jax.dispatch.base import Groups
 from emoe_jax.grouped import grouped_matmul
-from emoe_jax.layers import row_product
+from emoe_jax.layers import gelu, row_product, swiglu
 
 Array = jax.Array
 
@@ -81,10 +81,7 @@ def apply_experts(weights: dict[str, Array], rows: Array, sizes: Array) -> Array
         return out if bias is None else out + row_bias(bias, out, sizes).astype(out.dtype)
 
     up = product(rows, "up")
-    if "w_gate" in weights:
-        hidden = jax.nn.silu(product(rows, "gate")) * up
-    else:
-        hidden = jax.nn.gelu(up, approximate=False)
+    hidden = swiglu(product(rows, "gate"), up) if "w_gate" in weights else gelu(up)
     return product(hidden, "down")
 
 

@@ -126,6 +126,22 @@ class LayerNorm(nnx.Module):
         return (unit * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
+# What lies between the arguments and the result of these is computed again in the backward pass: to
+# keep it takes more memory than the arguments, and on CPU longer (docs/performance.md).
+
+
+@jax.checkpoint
+def swiglu(gate: Array, up: Array) -> Array:
+    """silu(gate) * up (arXiv 2002.05202), elementwise."""
+    return jax.nn.silu(gate) * up
+
+
+@jax.checkpoint
+def gelu(x: Array) -> Array:
+    """Exact x Φ(x) (arXiv 1606.08415), elementwise."""
+    return jax.nn.gelu(x, approximate=False)
+
+
 class MLP(nnx.Module):
     """Dense MLP, "swiglu" (three matrices) or "gelu" (two, exact GELU).
 
@@ -155,8 +171,8 @@ class MLP(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """Maps [...,D] to [...,D] in the compute dtype."""
         if self.gated:
-            return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
-        return self.down(jax.nn.gelu(self.up(x), approximate=False))
+            return self.down(swiglu(self.gate(x), self.up(x)))
+        return self.down(gelu(self.up(x)))
 
 
 def rotate(x: Array, positions: Array, base: float) -> Array:

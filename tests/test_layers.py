@@ -16,8 +16,10 @@ from emoe_jax.layers import (
     Linear,
     PatchEmbed,
     RMSNorm,
+    gelu,
     rotate,
     row_product,
+    swiglu,
 )
 
 
@@ -114,6 +116,27 @@ def test_mlp_equals_its_formula(activation):
     np.testing.assert_allclose(
         mlp(x), hidden @ np.asarray(mlp.down.kernel[...], np.float64), rtol=1e-4, atol=1e-6
     )
+
+
+@pytest.mark.parametrize(
+    ("function", "plain", "arguments"),
+    [
+        (swiglu, lambda gate, up: gate / (1 + jnp.exp(-gate)) * up, 2),
+        (gelu, lambda x: x * (1 + jax.lax.erf(x / math.sqrt(2))) / 2, 1),
+    ],
+)
+def test_activations_keep_their_arguments_alone(function, plain, arguments):
+    x = [draw((3, 4), seed) for seed in range(arguments)]
+    out, pull = jax.vjp(function, *x)
+    expected, pull_plain = jax.vjp(plain, *x)
+    cotangent = draw((3, 4), 7)
+    chex.assert_trees_all_close(
+        (out, pull(cotangent)), (expected, pull_plain(cotangent)), rtol=1e-5, atol=1e-6
+    )
+    kept = [leaf for leaf in jax.tree.leaves(pull) if leaf.shape == (3, 4)]
+    assert len(kept) == arguments
+    for leaf, argument in zip(kept, x, strict=True):
+        np.testing.assert_array_equal(leaf, argument)
 
 
 def test_rotary_angles_by_hand():
