@@ -18,6 +18,7 @@ import numpy as np
 
 from emoe_jax.dispatch import dropless
 from emoe_jax.grouped import grouped_matmul, is_dense, resolve_backend
+from emoe_jax.layers import gelu
 from emoe_jax.routers import Routing
 from train import timing
 from train.timing import Row, Step, interleave
@@ -147,7 +148,7 @@ def programs(kernel: str) -> dict[str, Step]:
 
 def _dense_mlp(rows: jax.Array, w_in: jax.Array, w_out: jax.Array) -> jax.Array:
     """[M,D] by [D,F] and [F,D], or the same with a leading E everywhere; exact GELU."""
-    return jax.nn.gelu(rows @ w_in, approximate=False) @ w_out
+    return gelu(rows @ w_in) @ w_out
 
 
 def _expert_mlp(
@@ -164,6 +165,5 @@ def _expert_mlp(
     probs = jnp.zeros((T, E), jnp.float32)
     routing = Routing(indices, gates.astype(jnp.float32), probs, none, {}, {})
     groups = dropless.dispatch(tokens, routing, jnp.ones((T,), bool), 1.0)
-    hidden = grouped_matmul(groups.rows, w_in, groups.sizes, backend=kernel)
-    hidden = jax.nn.gelu(hidden, approximate=False)
+    hidden = gelu(grouped_matmul(groups.rows, w_in, groups.sizes, backend=kernel))
     return dropless.combine(grouped_matmul(hidden, w_out, groups.sizes, backend=kernel), groups)

@@ -48,7 +48,7 @@ class Scratch:
     scores: float = 2.0
     again: float = 3.5
     hidden: float = 6.0
-    rows: float = 15.0
+    rows: float = 15.5
     inner: float = 6.0
     weights: float = 2.0
     vocabulary: float = 2.0
