@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from emoe_jax.remat import multiplied
+from emoe_jax.sharding import varying_alike
 
 Array = jax.Array
 
@@ -16,7 +19,6 @@ NORM_EPSILON = 1e-6
 """Added to the mean square or variance before the root; timm's value for Vision Transformers."""
 
 
-@jax.custom_vjp
 def row_product(x: Array, kernel: Array) -> Array:
     """Maps [...,in] by [in,out] to [...,out] float32: products in x's dtype, sums in float32.
 
@@ -28,6 +30,11 @@ def row_product(x: Array, kernel: Array) -> Array:
     float32 cotangent as it is, which on GPU makes them float32 products. A kernel in float32 gets
     a gradient that is not rounded. Differentiable in reverse mode.
     """
+    return _row_product(*varying_alike(x, kernel))
+
+
+@jax.custom_vjp
+def _row_product(x: Array, kernel: Array) -> Array:
     rows = x.reshape(-1, x.shape[-1])
     out = _contract(rows, kernel.astype(x.dtype), 1, 0)
     return out.reshape(*x.shape[:-1], kernel.shape[-1])
@@ -40,7 +47,7 @@ def _contract(left: Array, right: Array, left_axis: int, right_axis: int) -> Arr
 
 
 def _row_product_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return row_product(x, kernel), (x, kernel)
+    return _row_product(x, kernel), (x, kernel)
 
 
 def _row_product_backward(kept: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
@@ -51,7 +58,7 @@ def _row_product_backward(kept: tuple[Array, Array], cotangent: Array) -> tuple[
     return d_x.reshape(x.shape), d_kernel
 
 
-row_product.defvjp(_row_product_forward, _row_product_backward)
+_row_product.defvjp(_row_product_forward, _row_product_backward)
 
 
 class Linear(nnx.Module):
@@ -126,17 +133,33 @@ class LayerNorm(nnx.Module):
         return (unit * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
-# What lies between the arguments and the result of these is computed again in the backward pass: to
-# keep it takes more memory than the arguments, and on CPU longer (docs/performance.md).
+def _from_arguments(function: Callable[..., Array]) -> Callable[..., Array]:
+    """The function, whose backward pass keeps its arguments, and computes the rest again.
+
+    What lies between takes more memory than they do, and to keep it in a deep model takes longer on
+    CPU (docs/performance.md). Not `jax.checkpoint`, whose inside a policy of remat around it sees.
+    """
+
+    def backward(arguments: tuple[Array, ...], cotangent: Array) -> tuple[Array, ...]:
+        return tuple(jax.vjp(function, *arguments)[1](cotangent))
+
+    again = jax.custom_vjp(function)
+    again.defvjp(lambda *arguments: (function(*arguments), arguments), backward)
+
+    @functools.wraps(function)
+    def run(*arguments: Array) -> Array:
+        return again(*varying_alike(*arguments))
+
+    return run
 
 
-@jax.checkpoint
+@_from_arguments
 def swiglu(gate: Array, up: Array) -> Array:
     """silu(gate) * up (arXiv 2002.05202), elementwise."""
     return jax.nn.silu(gate) * up
 
 
-@jax.checkpoint
+@_from_arguments
 def gelu(x: Array) -> Array:
     """Exact x Φ(x) (arXiv 1606.08415), elementwise."""
     return jax.nn.gelu(x, approximate=False)

@@ -5,22 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from emoe_jax.layers import row_product
-from emoe_jax.sharding import BATCH_AXES, RULES, ambient_mesh, batch_shards, gathered
+from emoe_jax.sharding import (
+    BATCH_AXES,
+    RULES,
+    ambient_mesh,
+    batch_shards,
+    gathered,
+    varying,
+    varying_alike,
+)
 
 Array = jax.Array
-Sums = Callable[..., tuple[Array, ...]]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def chunked_cross_entropy(
     hidden: Array, head: Array, targets: Array, weights: Array, chunk: int
 ) -> Array:
@@ -28,8 +34,9 @@ def chunked_cross_entropy(
 
     Under differentiation the gradients of a chunk are formed while its logits are at hand, so the
     logits are neither stored nor computed twice, and the backward pass only scales. On a mesh (see
-    `sharding.ambient_mesh`) each device goes through its own sequences, with the classes that are
-    its part of the axis `tensor`, and gradients of the head are summed once, after the last chunk.
+    `sharding.ambient_mesh`) that divides all dimensions, each device goes through its own
+    sequences, with the classes that are its part of the axis `tensor`, and gradients of the head
+    are summed once, after the last chunk.
 
     Args:
         hidden: [T,D] or [B,S,D] in the compute dtype.
@@ -42,88 +49,95 @@ def chunked_cross_entropy(
     Returns:
         Σ_t weights[t] · (-log softmax(logits_t)[targets_t]) in nats, scalar float32.
     """
-    return _where_they_lie(_losses, hidden, head, targets, weights, chunk)[0]
+    return _chunked(*varying_alike(hidden, head, targets, weights), chunk)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _chunked(hidden: Array, head: Array, targets: Array, weights: Array, chunk: int) -> Array:
+    (loss,) = _where_they_lie(hidden, head, targets, weights, chunk, gradients=False)
+    return loss
 
 
 def _where_they_lie(
-    sums: Sums, hidden: Array, head: Array, targets: Array, weights: Array, chunk: int
+    hidden: Array, head: Array, targets: Array, weights: Array, chunk: int, *, gradients: bool
 ) -> tuple[Array, ...]:
-    """`sums` of all tokens: on a mesh that divides them, of each device's own, added up."""
+    """What `_sums` gives for all tokens: on a mesh each device its own, added up."""
     mesh = ambient_mesh()
-    if mesh is None or hidden.shape[0] % batch_shards(mesh):
+    if mesh is None or not _divides(mesh, hidden, head):
         low = gathered(head.astype(hidden.dtype), "head")
-        return sums(hidden, low, targets, weights, chunk, Axes((), ()))
+        return _sums(hidden, low, targets, weights, chunk, (), gradients=gradients)
     # Named only where they cut: XLA on CPU carries out what one device would do with itself.
-    classes, widths = (
-        tuple(axis for axis in (RULES[name],) if axis and mesh.shape[axis] > 1)
-        for name in ("vocab", "embed")
+    tokens, classes, widths = (
+        tuple(axis for axis in axes if axis and mesh.shape[axis] > 1)
+        for axes in (BATCH_AXES, (RULES["vocab"],), (RULES["embed"],))
     )
-    rows, place = PartitionSpec(BATCH_AXES), PartitionSpec(classes, widths)
 
     def body(hidden: Array, head: Array, targets: Array, weights: Array) -> tuple[Array, ...]:
         # In the compute dtype, so that half as much is gathered; gradients are summed in float32.
         low = head.astype(hidden.dtype)
         if widths:
             low = lax.all_gather(low, widths, axis=1, tiled=True)
-        loss, *gradients = sums(hidden, low, targets, weights, chunk, Axes(BATCH_AXES, classes))
-        loss = lax.psum(loss, BATCH_AXES)
-        if not gradients:
+        loss, *rest = _sums(hidden, low, targets, weights, chunk, classes, gradients=gradients)
+        loss = _over(lax.psum, loss, tokens)
+        if not rest:
             return (loss,)
-        hidden_gradient, head_gradient = gradients
+        hidden_gradient, head_gradient = rest
         if widths:
             head_gradient = lax.psum_scatter(head_gradient, widths, scatter_dimension=0, tiled=True)
-        others = tuple(axis for axis in BATCH_AXES if axis not in widths)
-        return loss, hidden_gradient, lax.psum(head_gradient, others)
+        others = tuple(axis for axis in tokens if axis not in widths)
+        return loss, hidden_gradient, _over(lax.psum, head_gradient, others)
 
-    results = (PartitionSpec(), rows, PartitionSpec(widths, classes))[: 1 if sums is _losses else 3]
-    spread = jax.shard_map(body, mesh=mesh, in_specs=(rows, place, rows, rows), out_specs=results)
+    rows = PartitionSpec(tokens)
+    places = rows, PartitionSpec(classes, widths), rows, rows
+    results = PartitionSpec(), rows, PartitionSpec(widths, classes)
+    spread = jax.shard_map(
+        body, mesh=mesh, in_specs=places, out_specs=results if gradients else results[:1]
+    )
     return spread(hidden, head, targets, weights)
 
 
-class Axes(NamedTuple):
-    """Mesh axes of the `shard_map` in which losses are summed; none outside of one.
+def _divides(mesh: AbstractMesh, hidden: Array, head: Array) -> bool:
+    (N, D), sizes = head.shape, mesh.shape
+    uneven = hidden.shape[0] % batch_shards(mesh), N % sizes["tensor"], D % sizes["fsdp"]
+    return not any(uneven)
 
-    Attributes:
-        tokens: over which tokens are split.
-        classes: over which classes are.
+
+def _over(
+    reduce: Callable[[Array, tuple[str, ...]], Array], x: Array, axes: tuple[str, ...]
+) -> Array:
+    """A reduction over mesh axes, if there are any."""
+    return reduce(x, axes) if axes else x
+
+
+def _sums(
+    hidden: Array,
+    head: Array,
+    targets: Array,
+    weights: Array,
+    chunk: int,
+    classes: tuple[str, ...],
+    *,
+    gradients: bool,
+) -> tuple[Array, ...]:
+    """The weighted sum over tokens [T,D] or [B,S,D], with a head [N,D] in their dtype.
+
+    With `gradients` also those of the hidden states, in their dtype, and of the head [D,N], in
+    float32. `classes` are the mesh axes over which N is split.
     """
+    axes = varying(hidden, head)
 
-    tokens: tuple[str, ...]
-    classes: tuple[str, ...]
+    def zeros(shape: tuple[int, ...], axes: frozenset[str]) -> Array:
+        start = jnp.zeros(shape, jnp.float32)
+        return lax.pcast(start, tuple(sorted(axes)), to="varying") if axes else start
 
-    def zeros(self, shape: tuple[int, ...], *, classes: bool) -> Array:
-        """Float32 to which a device adds its own tokens', and with `classes` its own classes'."""
-        axes = self.tokens + self.classes if classes else self.tokens
-        zeros = jnp.zeros(shape, jnp.float32)
-        return lax.pcast(zeros, axes, to="varying") if axes else zeros
+    def add(total: Array, part: Any) -> tuple[Array, None]:
+        return total + _chunk_loss(head, part, classes)[0], None
 
-    def over_classes(self, reduce: Callable[[Array, tuple[str, ...]], Array], x: Array) -> Array:
-        """A reduction of what each device has of its own classes; x where it has all of them."""
-        return reduce(x, self.classes) if self.classes else x
-
-
-def _losses(
-    hidden: Array, head: Array, targets: Array, weights: Array, chunk: int, axes: Axes
-) -> tuple[Array]:
-    """The weighted sum over tokens [T,D] or [B,S,D], with a head [N,D] in their dtype."""
-
-    def add(total: Array, part: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        return total + _chunk_loss(head, part, axes)[0], None
-
-    parts = _split(hidden, targets, weights, chunk)
-    return (lax.scan(add, axes.zeros((), classes=False), parts)[0],)
-
-
-def _losses_and_gradients(
-    hidden: Array, head: Array, targets: Array, weights: Array, chunk: int, axes: Axes
-) -> tuple[Array, Array, Array]:
-    """The same, its gradients of the hidden states in their dtype, of the head [D,N] in float32."""
-
-    def add(carry: tuple[Array, Array], part: Any) -> tuple[tuple[Array, Array], Array]:
+    def add_gradients(carry: tuple[Array, Array], part: Any) -> tuple[tuple[Array, Array], Array]:
         total, head_gradient = carry
-        loss, probs, target = _chunk_loss(head, part, axes)
+        loss, probs, target = _chunk_loss(head, part, classes)
         gap = ((probs - target.astype(jnp.float32)) * part[2][..., None]).astype(hidden.dtype)
-        hidden_gradient = axes.over_classes(lax.psum, row_product(gap, head))
+        hidden_gradient = _over(lax.psum, row_product(gap, head), classes)
         # Of the shape [D,N]: for [N,D] XLA on CPU would first transpose the gap, which is large.
         tokens = tuple(range(gap.ndim - 1))
         step = jnp.tensordot(
@@ -131,9 +145,12 @@ def _losses_and_gradients(
         )
         return (total + loss, head_gradient + step), hidden_gradient.astype(hidden.dtype)
 
-    start = axes.zeros((), classes=False), axes.zeros(head.shape[::-1], classes=True)
+    start = zeros((), axes - frozenset(classes))
     parts = _split(hidden, targets, weights, chunk)
-    (total, head_gradient), hidden_gradient = lax.scan(add, start, parts)
+    if not gradients:
+        return (lax.scan(add, start, parts)[0],)
+    carry = start, zeros(head.shape[::-1], axes)
+    (total, head_gradient), hidden_gradient = lax.scan(add_gradients, carry, parts)
     return total, _unfold(hidden_gradient, hidden.shape), head_gradient
 
 
@@ -161,21 +178,23 @@ def _unfold(parts: Array, shape: tuple[int, ...]) -> Array:
 
 
 def _chunk_loss(
-    head: Array, part: tuple[Array, Array, Array], axes: Axes
+    head: Array, part: tuple[Array, Array, Array], classes: tuple[str, ...]
 ) -> tuple[Array, Array, Array]:
     """Weighted loss [], probabilities [...,c,N], and which class is the target, of that shape.
 
-    Where classes are split over devices, N are those of this one.
+    Where classes are split over mesh axes, N are those of this device.
     """
     hidden, targets, weights = part
     logits = row_product(hidden, head.T)
-    logits = logits - axes.over_classes(lax.pmax, jnp.max(logits, axis=-1, keepdims=True))
+    most = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    logits = logits - _over(lax.pmax, most, classes)
     exponential = jnp.exp(logits)
-    total = axes.over_classes(lax.psum, jnp.sum(exponential, axis=-1))
-    first = lax.axis_index(axes.classes) * logits.shape[-1]
-    classes = lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
-    target = (targets - first)[..., None] == classes
-    chosen = axes.over_classes(lax.psum, jnp.sum(jnp.where(target, logits, 0.0), axis=-1))
+    first = lax.axis_index(classes) * logits.shape[-1]
+    own = lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+    target = (targets - first)[..., None] == own
+    chosen = jnp.sum(jnp.where(target, logits, 0.0), axis=-1)
+    # Two numbers a token, in one sum over devices.
+    total, chosen = _over(lax.psum, jnp.stack([jnp.sum(exponential, axis=-1), chosen]), classes)
     loss = jnp.sum(weights * (jnp.log(total) - chosen))
     return loss, exponential / total[..., None], target
 
@@ -184,7 +203,7 @@ def _forward(
     hidden: Array, head: Array, targets: Array, weights: Array, chunk: int
 ) -> tuple[Array, Any]:
     total, hidden_gradient, head_gradient = _where_they_lie(
-        _losses_and_gradients, hidden, head, targets, weights, chunk
+        hidden, head, targets, weights, chunk, gradients=True
     )
     return total, (hidden_gradient, head_gradient.T.astype(head.dtype), targets, weights)
 
@@ -200,7 +219,7 @@ def _backward(chunk: int, kept: Any, cotangent: Array) -> tuple[Array, Array, An
     )
 
 
-chunked_cross_entropy.defvjp(_forward, _backward)
+_chunked.defvjp(_forward, _backward)
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:

@@ -2,8 +2,10 @@
 
 Two things of an expert layer are dear to have again: what was decided (which experts, in which
 order), and what has travelled (rows of an exchange, there and back). They bear checkpoint names,
-whatever the policy; "exchange" keeps them and nothing else but a block's input. Further rounds, of
-an exchange that overflows, keep nothing by any policy, "none" included (see `dispatch.rounds`).
+whatever the policy; "exchange" keeps them and nothing else but a block's input. What linear maps
+give bears a name too, for "dots". No policy, "none" included, keeps further rounds of an exchange
+that overflows (see `dispatch.rounds`), the inside of activations (`layers.swiglu`), or experts'
+weights, gathered or not (`dispatch.exchange`).
 """
 
 from __future__ import annotations
@@ -52,10 +54,10 @@ def remat(function: Callable[..., Any], policy: str) -> Callable[..., Any]:
 
     Args:
         function: of a block.
-        policy: "none": all is kept. "full": nothing but the inputs. "dots": besides them the
-            results of matrix products, but not of batched ones (attention's) and grouped ones (the
-            experts'). "exchange": besides them what is named here. "full" and "dots" route and
-            exchange a second time.
+        policy: "none": all else is kept. "full": nothing but the inputs. "dots": besides them the
+            results of matrix products (`MULTIPLIED`, and the routers'), but not of batched ones
+            (attention's) and grouped ones (the experts'). "exchange": besides them `DECIDED` and
+            `EXCHANGED`. "full" and "dots" route and exchange a second time.
     """
     if policy == "none":
         return function

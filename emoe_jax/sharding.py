@@ -160,6 +160,28 @@ def gathered(leaf: jax.Array, *names: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(leaf, kept)
 
 
+def varying(*arrays: jax.Array) -> frozenset[str]:
+    """Mesh axes of the `shard_map` around over which any of the arrays varies; none outside."""
+    return frozenset().union(*(jax.typeof(array).manual_axis_type.varying for array in arrays))
+
+
+def varying_alike(*arrays: jax.Array) -> list[jax.Array]:
+    """The arrays, each varying over every mesh axis over which one of them varies.
+
+    Inside shard_map operands may vary over different axes (sharded rows, replicated weights). The
+    cast makes the types equal, as a function with a derivative of its own needs it, where JAX
+    transposes it into the right sum over devices. What needs no cast stays the same array: it is
+    the backward pass that keeps it, and a copy of the weights would be kept beside the weights.
+    """
+    everywhere = varying(*arrays)
+    return [
+        jax.lax.pcast(array, tuple(sorted(everywhere - own)), to="varying")
+        if (own := varying(array)) < everywhere
+        else array
+        for array in arrays
+    ]
+
+
 def in_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, traced in the context of a mesh; see `ambient_mesh`."""
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, PartitionSpec
 
 from emoe_jax.layers import (
     MLP,
@@ -83,6 +84,27 @@ def test_no_rounded_copy_of_the_kernel_is_kept():
     _, pull = jax.vjp(row_product, draw((5, 3)).astype(jnp.bfloat16), draw((3, 4), 1))
     kept = [leaf.dtype for leaf in jax.tree.leaves(pull) if leaf.shape == (3, 4)]
     assert kept == [jnp.float32]
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_inside_somebodys_shard_map_gradients_are_those_of_all_rows(activation):
+    mlp, x = MLP(3, 5, activation, "float32", bias=True, rngs=nnx.Rngs(0)), draw((8, 3))
+    graph, params = nnx.split(mlp)
+    mesh = jax.make_mesh((4,), ("rows",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+
+    def loss(params, x):
+        return jnp.sum(jnp.sin(nnx.merge(graph, params)(x)))
+
+    rows, whole = PartitionSpec("rows"), PartitionSpec()
+    spread = jax.shard_map(
+        lambda params, x: jax.lax.psum(loss(params, x), "rows"),
+        mesh=mesh,
+        in_specs=(whole, rows),
+        out_specs=whole,
+    )
+    result = jax.jit(jax.value_and_grad(spread, (0, 1)))(params, x)
+    expected = jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x)
+    chex.assert_trees_all_close(result, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_linear_starts_with_the_deviation_of_its_fan_in():

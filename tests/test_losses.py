@@ -118,24 +118,33 @@ def test_cross_entropy_of_soft_labels_by_hand():
     assert cross_entropy(logits.astype(jnp.bfloat16), labels).dtype == jnp.float32
 
 
+def compiled_on(mesh, run):
+    """The program of eight sequences over eight devices of a mesh."""
+    rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
+    abstract = [
+        jax.ShapeDtypeStruct((8, 6, 4), jnp.float32, sharding=rows),
+        jax.ShapeDtypeStruct((5, 4), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec())),
+        jax.ShapeDtypeStruct((8, 6), jnp.int32, sharding=rows),
+        jax.ShapeDtypeStruct((8, 6), jnp.float32, sharding=rows),
+    ]
+    return jax.jit(run).lower(*abstract).compile().as_text()
+
+
 def test_sequences_stay_on_their_devices():
-    # [B,S,D] with B over eight devices: the hidden states are never gathered.
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    rows = NamedSharding(mesh, PartitionSpec("data"))
-    hidden = jax.ShapeDtypeStruct((8, 6, 4), jnp.float32, sharding=rows)
-    targets = jax.ShapeDtypeStruct((8, 6), jnp.int32, sharding=rows)
-    weights = jax.ShapeDtypeStruct((8, 6), jnp.float32, sharding=rows)
-    head = jax.ShapeDtypeStruct((5, 4), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+    # The hidden states are never gathered, also on a mesh that is not ours.
+    run = jax.value_and_grad(partial(chunked_cross_entropy, chunk=2), (0, 1))
+    ours = make_mesh(MeshConfig(data=8))
+    others = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    for mesh, function in ((ours, in_mesh(ours, run)), (others, run)):
+        text = compiled_on(mesh, function)
+        assert "all-reduce" in text
+        assert "all-gather" not in text
 
-    def gradients(hidden, head, targets, weights):
-        def loss(hidden, head):
-            return chunked_cross_entropy(hidden, head, targets, weights, 16)
 
-        return jax.value_and_grad(loss, (0, 1))(hidden, head)
-
-    compiled = jax.jit(gradients).lower(hidden, head, targets, weights).compile()
-    assert "all-reduce" in compiled.as_text()
-    assert "all-gather" not in compiled.as_text()
+def test_no_device_reduces_with_itself():
+    mesh = make_mesh(MeshConfig(data=8))
+    run = jax.value_and_grad(partial(chunked_cross_entropy, chunk=2), (0, 1))
+    assert "{{0},{1}" not in compiled_on(mesh, in_mesh(mesh, run))
 
 
 MESHES = (
@@ -146,15 +155,20 @@ MESHES = (
 )
 
 
-def on_mesh(sizes, chunk):
-    """The loss and its gradients on a mesh, and where its arguments lie there."""
+def mesh_and_places(sizes):
+    """A mesh, and where the arguments of the loss lie there."""
     mesh = make_mesh(
         MeshConfig(**({"data": 1} | sizes)), jax.devices()[: math.prod(sizes.values())]
     )
-    loss = jax.value_and_grad(partial(chunked_cross_entropy, chunk=chunk), (0, 1))
     rows = batch_sharding(mesh)
-    classes = NamedSharding(mesh, PartitionSpec("tensor", "fsdp"))
-    return jax.jit(in_mesh(mesh, loss)), (rows, classes, rows, rows)
+    return mesh, (rows, NamedSharding(mesh, PartitionSpec("tensor", "fsdp")), rows, rows)
+
+
+def on_mesh(sizes, chunk):
+    """The loss and its gradients on a mesh, and where its arguments lie there."""
+    mesh, places = mesh_and_places(sizes)
+    loss = jax.value_and_grad(partial(chunked_cross_entropy, chunk=chunk), (0, 1))
+    return jax.jit(in_mesh(mesh, loss)), places
 
 
 def sequences(dtype, classes=12):
@@ -181,26 +195,82 @@ def test_every_mesh_equals_one_device(sizes, dtype):
     )
 
 
-def test_a_batch_that_a_mesh_does_not_divide_has_the_same_loss():
-    arguments = [array[:3] for array in sequences("float32")]
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_second_derivatives_on_a_mesh(sizes):
+    hidden, head, targets, weights = sequences("float32")
+
+    def curvature(hidden, head, targets, weights):
+        loss = partial(chunked_cross_entropy, targets=targets, weights=weights, chunk=3)
+        return jax.grad(lambda head: jnp.sum(jax.grad(loss, 1)(hidden, head) ** 2))(head)
+
+    expected = jax.jit(curvature)(hidden, head, targets, weights)
+    mesh, places = mesh_and_places(sizes)
+    arguments = jax.device_put((hidden, head, targets, weights), places)
+    result = jax.jit(in_mesh(mesh, curvature))(*arguments)
+    np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "part"),
+    [
+        ({"fsdp": 4}, (slice(3), slice(None), slice(None))),  # three sequences
+        ({"fsdp": 4}, (slice(None), slice(3), slice(None))),  # a width of three
+        ({"data": 2, "tensor": 4}, (slice(None), slice(None), slice(11))),  # eleven classes
+    ],
+    ids=str,
+)
+def test_what_a_mesh_does_not_divide_has_the_same_loss(sizes, part):
+    some, widths, classes = part
+    hidden, head, targets, weights = sequences("float32")
+    arguments = hidden[some, :, widths], head[classes, widths], targets[some] % 11, weights[some]
     expected = jax.value_and_grad(partial(chunked_cross_entropy, chunk=3), (0, 1))(*arguments)
-    run, _ = on_mesh({"fsdp": 4}, 3)
+    run, _ = on_mesh(sizes, 3)
     chex.assert_trees_all_close(run(*arguments), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_inside_somebodys_shard_map_gradients_are_those_of_all_tokens():
+    arguments = sequences("float32")
+    mesh = jax.make_mesh((4,), ("rows",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    rows, whole = PartitionSpec("rows"), PartitionSpec()
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=(rows, whole, rows, rows), out_specs=whole)
+    def loss(*arguments):
+        return jax.lax.psum(chunked_cross_entropy(*arguments, 3), "rows")
+
+    result = jax.jit(jax.value_and_grad(loss, (0, 1)))(*arguments)
+    expected = jax.value_and_grad(partial(chunked_cross_entropy, chunk=3), (0, 1))(*arguments)
+    chex.assert_trees_all_close(result, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_head_travels_once_in_the_compute_dtype_and_its_gradient_in_float32():
     run, places = on_mesh({"data": 2, "fsdp": 2, "expert": 2}, 1)
     arguments = jax.device_put(sequences("bfloat16", classes=12), places)
     program = run.trace(*arguments).jaxpr
+
+    def moved(axis):
+        found = collectives(program, axis, "cpu")
+        return [(each.kind, each.shape, each.given, each.times) for each in found if each.shape]
+
     # 12 classes of 4 numbers: half of it comes in bfloat16, half of its sums goes in float32.
-    moved = [
-        (each.kind, each.shape, each.given, each.times)
-        for each in collectives(program, "fsdp", "cpu")
-        if each.shape
-    ]
-    assert moved == [
+    assert moved("fsdp") == [
         ("all_gather", (12, 2), 12 * 2 * 2, 1),
         ("reduce_scatter", (4, 12), 12 * 4 * 4, 1),
+    ]
+    # And what fsdp left is summed over the others, once after all chunks.
+    for axis in ("data", "expert"):
+        assert moved(axis) == [("psum_invariant", (2, 12), 12 * 2 * 4, 1)]
+
+
+def test_classes_over_devices_take_three_sums_a_chunk():
+    run, places = on_mesh({"data": 2, "tensor": 2}, 4)
+    arguments = jax.device_put(sequences("float32"), places)
+    # Four sequences a device, one of five positions at a time: the greatest logit, both numbers of
+    # a token's loss, and the gradient of its state.
+    found = collectives(run.trace(*arguments).jaxpr, "tensor", "cpu")
+    assert [(each.shape, each.times) for each in found] == [
+        ((4, 1, 1), 5),
+        ((2, 4, 1), 5),
+        ((4, 1, 4), 5),
     ]
 
 

@@ -7,7 +7,8 @@ and the body is the dropless dispatch of each device's own tokens.
 - "all_to_all": P = buffer_factor · A/X slots for each pair of devices. What finds no slot waits for
   another round of the same exchange; the number of rounds is agreed by the group, is one but for
   an overflow, and every further round saves nothing for the backward pass: it is run again there.
-  So a result is exact whatever the load, and an overflow costs time, not memory.
+  So a result is exact whatever the load, and an overflow costs time, not memory: what one further
+  round needs there is set aside once, whatever the depth and the load.
 - "ragged_all_to_all": the same with exact sizes, and room for buffer_factor · A rows on a device.
 - "all_gather": every device sees all tokens of its group, computes what its experts give them, and
   the sum is scattered. Never overflows.
@@ -133,7 +134,8 @@ def exchange(
             where few of the assignments go anywhere (expert choice); buffers are of that size.
         gates: [T,K] float32.
         weights: the experts' arrays by name, see `experts.Experts`. Their gradients are summed over
-            devices in their own dtype.
+            devices in their own dtype. On `fsdp`, where they travel in the dtype of the tokens, a
+            device's own part of the sum is rounded to that first, for each chunk and round.
         apply: the experts: weights, in their own dtype or the tokens', rows [M,D] sorted by expert
             and sizes [E/X] to rows [M,D]. It must not hold traced arrays.
         config: of the layer.
@@ -204,9 +206,9 @@ def _body(
         ]
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *done)
 
-    if lax.axis_size(RULES["embed"]) > 1:
-        # Kept for the backward pass, gathered weights would be the whole model: gathered again.
-        run = jax.checkpoint(run, policy=_kept)
+    # Gathered weights, kept for the backward pass, would be the whole model, and weights that are
+    # but marked would be a copy beside the parameters.
+    run = jax.checkpoint(run, policy=_kept)
     out, dropped, overflows = run(tokens, experts, gates, weights)
     out = lax.psum(out.reshape(tokens.shape), RULES["mlp"]).astype(tokens.dtype)
     # The devices of a group do the same exchange: each counts its share of it.
@@ -225,13 +227,13 @@ def _total(count: Array) -> Array:
 
 
 def _kept(primitive: Any, *_: Any, **params: Any) -> bool:
-    """Whether the backward pass keeps a result: all but weights gathered over `fsdp`.
+    """Whether the backward pass keeps a result: all but weights, marked or gathered over `fsdp`.
 
     Naming them is not enough: what is named would be made again from what was gathered, kept.
     """
     if primitive.name == "name":
         return bool(params["name"] != GATHERED)
-    return not _gathers(primitive, params)
+    return primitive.name != "pvary" and not _gathers(primitive, params)
 
 
 def _gathers(primitive: Any, params: dict[str, Any]) -> bool:

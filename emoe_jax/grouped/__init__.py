@@ -15,6 +15,7 @@ from jax import lax
 from emoe_jax import devices
 from emoe_jax.grouped import loops, native, ragged
 from emoe_jax.grouped.products import Product, accumulator
+from emoe_jax.sharding import varying_alike
 
 Array = jax.Array
 
@@ -24,14 +25,14 @@ TRITON_DTYPES = ("float32", "bfloat16", "float16")
 BACKENDS = ("auto", "ragged_dot", "triton", "native", "loops")
 
 
-def _triton(product: Product, left: Array, right: Array, sizes: Array) -> Array:
+def _triton(product: Product, left: Array, right: Array, sizes: Array, dtype: jnp.dtype) -> Array:
     # Imported where it is wanted: Pallas takes a while, and nobody else needs it.
     from emoe_jax.grouped import triton
 
-    return triton.multiply(product, left, right, sizes)
+    return triton.multiply(product, left, right, sizes, dtype)
 
 
-_MULTIPLY: Mapping[str, Callable[[Product, Array, Array, Array], Array]] = {
+_MULTIPLY: Mapping[str, Callable[[Product, Array, Array, Array, jnp.dtype], Array]] = {
     "ragged_dot": ragged.multiply,
     "triton": _triton,
     "native": native.multiply,
@@ -148,25 +149,7 @@ def grouped_matmul(rows: Array, weights: Array, sizes: Array, *, backend: str = 
         )
     if rows.size == 0 or weights.size == 0:
         return jnp.zeros_like(rows, shape=(rows.shape[0], weights.shape[2]))
-    return _product(backend, *_varying_alike(rows, weights, sizes))
-
-
-def _varying_alike(*arrays: Array) -> list[Array]:
-    """The arrays, each varying over every mesh axis over which one of them varies.
-
-    Inside shard_map operands may vary over different axes (sharded rows, replicated weights). The
-    cast makes the types equal here, where JAX transposes it into the right sum over devices. What
-    needs no cast stays the same array: it is the backward pass that keeps it, and a copy of the
-    weights would be kept beside the weights.
-    """
-    varying = [jax.typeof(array).manual_axis_type.varying for array in arrays]
-    everywhere = frozenset().union(*varying)
-    return [
-        lax.pcast(array, tuple(sorted(everywhere - own)), to="varying")
-        if own < everywhere
-        else array
-        for array, own in zip(arrays, varying, strict=True)
-    ]
+    return _product(backend, *varying_alike(rows, weights, sizes))
 
 
 def _check(rows: Array, weights: Array, sizes: Array) -> None:
@@ -200,7 +183,7 @@ def _check(rows: Array, weights: Array, sizes: Array) -> None:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(backend: str, rows: Array, weights: Array, sizes: Array) -> Array:
-    return _multiply(backend, Product.MATRIX, rows, weights.astype(rows.dtype), sizes)
+    return _multiply(backend, Product.MATRIX, rows, weights.astype(rows.dtype), sizes, rows.dtype)
 
 
 def _product_forward(
@@ -213,24 +196,29 @@ def _product_backward(
     backend: str, residuals: tuple[Array, Array, Array], d_out: Array
 ) -> tuple[Array, Array, None]:
     rows, weights, sizes = residuals
-    d_rows = _multiply(backend, Product.TRANSPOSE, d_out, weights.astype(rows.dtype), sizes)
-    d_weights = _multiply(backend, Product.COLUMNS, rows, d_out, sizes)
-    return d_rows, d_weights.astype(weights.dtype), None
+    low = weights.astype(rows.dtype)
+    d_rows = _multiply(backend, Product.TRANSPOSE, d_out, low, sizes, rows.dtype)
+    d_weights = _multiply(backend, Product.COLUMNS, rows, d_out, sizes, weights.dtype)
+    return d_rows, d_weights, None
 
 
 _product.defvjp(_product_forward, _product_backward)
 
 
-def _multiply(backend: str, product: Product, left: Array, right: Array, sizes: Array) -> Array:
+def _multiply(
+    backend: str, product: Product, left: Array, right: Array, sizes: Array, dtype: jnp.dtype
+) -> Array:
     if backend != "auto":
-        return _MULTIPLY[backend](product, left, right, sizes)
+        return _run(backend, product, dtype)(left, right, sizes)
     on_cpu = "loops" if left.dtype == jnp.float64 else _on_cpu()
     on_cuda = _on_cuda() if left.dtype.name in TRITON_DTYPES else "loops"
+    run = {name: _run(name, product, dtype) for name in (on_cpu, on_cuda, "ragged_dot")}
     return lax.platform_dependent(
-        left,
-        right,
-        sizes,
-        cpu=partial(_MULTIPLY[on_cpu], product),
-        cuda=partial(_MULTIPLY[on_cuda], product),
-        default=partial(ragged.multiply, product),
+        left, right, sizes, cpu=run[on_cpu], cuda=run[on_cuda], default=run["ragged_dot"]
     )
+
+
+def _run(
+    backend: str, product: Product, dtype: jnp.dtype
+) -> Callable[[Array, Array, Array], Array]:
+    return lambda left, right, sizes: _MULTIPLY[backend](product, left, right, sizes, dtype)

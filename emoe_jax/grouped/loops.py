@@ -39,7 +39,7 @@ _DIMENSIONS = {
 }
 
 
-def multiply(product: Product, left: Array, right: Array, sizes: Array) -> Array:
+def multiply(product: Product, left: Array, right: Array, sizes: Array, dtype: jnp.dtype) -> Array:
     """A grouped product on any platform, meant for CPU.
 
     Args:
@@ -47,15 +47,15 @@ def multiply(product: Product, left: Array, right: Array, sizes: Array) -> Array
         left: [M,D] or [M,F], rows sorted by expert.
         right: [E,D,F] or, for `Product.COLUMNS`, [M,F].
         sizes: [E] int32.
+        dtype: of the result, to which its sums are rounded once.
 
     Returns:
-        Of the shape that `product` says, in the operands' dtype, or for `Product.COLUMNS` in that
-        of its sums (`products.accumulator`). Rows that are no expert's are zero in a product of
-        rows and count for nothing in one of columns.
+        Of the shape that `product` says. Rows that are no expert's are zero in a product of rows
+        and count for nothing in one of columns.
     """
     if product is Product.COLUMNS:
-        return _columns(left, right, sizes)
-    return _rows(left, right, sizes, product)
+        return _columns(left, right, sizes).astype(dtype)
+    return _rows(left, right, sizes, product).astype(dtype)
 
 
 def _block_sizes(M: int, E: int, step_limit: int) -> tuple[int, ...]:
@@ -178,7 +178,8 @@ def _rows(rows: Array, weights: Array, sizes: Array, product: Product) -> Array:
 def _columns(rows: Array, d_out: Array, sizes: Array) -> Array:
     """Gradient of the weights: [M,D],[M,F] -> [E,D,F], each matrix written once if it fits a block.
 
-    The tail is written first, then full blocks are added: a balanced expert has only a tail.
+    The tail is written first, then full blocks are added: a balanced expert has only a tail. Low
+    precision is summed over blocks in float32.
     """
     M, D, F, E = rows.shape[0], rows.shape[1], d_out.shape[1], sizes.shape[0]
     blocks = _block_sizes(M, E, _WEIGHTS_STEP_LIMIT)

@@ -43,7 +43,7 @@ def missing() -> str:
     return ""
 
 
-def multiply(product: Product, left: Array, right: Array, sizes: Array) -> Array:
+def multiply(product: Product, left: Array, right: Array, sizes: Array, dtype: jnp.dtype) -> Array:
     """A grouped product; arguments and result as those of `loops.multiply`.
 
     It is computed in float32, to which operands of lower precision are converted whole, [E,D,F]
@@ -65,5 +65,4 @@ def multiply(product: Product, left: Array, right: Array, sizes: Array) -> Array
     result = kind.update(shape=shape, dtype=jnp.dtype(jnp.float32), sharding=sharding)
     call = jax.ffi.ffi_call(name, result, vmap_method="sequential")
     operands = left.astype(jnp.float32), right.astype(jnp.float32)
-    out = call(*operands, sizes)
-    return out if product is Product.COLUMNS else out.astype(left.dtype)
+    return call(*operands, sizes).astype(dtype)

@@ -17,7 +17,7 @@ class Product(enum.Enum):
     """[M,F] times the transposes of [E,D,F]: [M,D]."""
 
     COLUMNS = "columns"
-    """The transpose of [M,D] times [M,F], an expert's rows for each: [E,D,F], not rounded."""
+    """The transpose of [M,D] times [M,F], an expert's rows for each: [E,D,F]."""
 
 
 def accumulator(dtype: jnp.dtype) -> jnp.dtype:

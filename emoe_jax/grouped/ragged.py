@@ -14,20 +14,21 @@ _TRANSPOSE = lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])
 _COLUMNS = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
 
 
-def multiply(product: Product, left: Array, right: Array, sizes: Array) -> Array:
+def multiply(product: Product, left: Array, right: Array, sizes: Array, dtype: jnp.dtype) -> Array:
     """A grouped product; arguments and result as those of `loops.multiply`."""
     accumulate = accumulator(left.dtype)
     if product is Product.MATRIX:
         out = lax.ragged_dot(left, right, sizes, preferred_element_type=accumulate)
-        return _zero_past_end(out.astype(left.dtype), sizes)
+        return _zero_past_end(out.astype(dtype), sizes)
     if product is Product.TRANSPOSE:
         out = lax.ragged_dot_general(
             left, right, sizes, _TRANSPOSE, preferred_element_type=accumulate
         )
-        return _zero_past_end(out.astype(left.dtype), sizes)
+        return _zero_past_end(out.astype(dtype), sizes)
     # Zeroed on both sides: zero times a NaN past the end would still be NaN.
     ends = _zero_past_end(left, sizes), _zero_past_end(right, sizes)
-    return lax.ragged_dot_general(*ends, sizes, _COLUMNS, preferred_element_type=accumulate)
+    out = lax.ragged_dot_general(*ends, sizes, _COLUMNS, preferred_element_type=accumulate)
+    return out.astype(dtype)
 
 
 def _zero_past_end(array: Array, sizes: Array) -> Array:

@@ -31,7 +31,7 @@ _LEAST = 16
 _PARAMETERS = plgpu.CompilerParams(num_warps=4, num_stages=4)
 
 
-def multiply(product: Product, left: Array, right: Array, sizes: Array) -> Array:
+def multiply(product: Product, left: Array, right: Array, sizes: Array, dtype: jnp.dtype) -> Array:
     """A grouped product; arguments and result as those of `loops.multiply`.
 
     For float32, bfloat16 and float16, on NVIDIA GPUs of compute capability 8 or later. float32 is
@@ -39,7 +39,7 @@ def multiply(product: Product, left: Array, right: Array, sizes: Array) -> Array
     `jax_default_matmul_precision` asks for more. On CPU the kernels are interpreted, a tile at a
     time: for tests, and inside shard_map only where its check_vma is off.
     """
-    run = _columns if product is Product.COLUMNS else partial(_rows, product)
+    run = partial(_columns, dtype) if product is Product.COLUMNS else partial(_rows, product, dtype)
     return lax.platform_dependent(
         left,
         right,
@@ -95,7 +95,15 @@ def _row_tiles(sizes: Array, M: int, block: int) -> tuple[Array, Array, Array]:
     return group, starts[group] + within * jnp.int32(block), ends[group]
 
 
-def _rows(product: Product, rows: Array, weights: Array, sizes: Array, *, interpret: bool) -> Array:
+def _rows(
+    product: Product,
+    dtype: jnp.dtype,
+    rows: Array,
+    weights: Array,
+    sizes: Array,
+    *,
+    interpret: bool,
+) -> Array:
     """Rows times matrices (or their transposes): [M,D],[E,D,F] -> [M,F], or [M,F] -> [M,D]."""
     M, E = rows.shape[0], weights.shape[0]
     width = weights.shape[2 if product is Product.MATRIX else 1]
@@ -105,7 +113,7 @@ def _rows(product: Product, rows: Array, weights: Array, sizes: Array, *, interp
     # Tiles of the same rows are neighbours: they share the rows, and their expert's matrix stays in
     # the second-level cache.
     grid = pl.cdiv(width, side), tiles[0].shape[0]
-    shape = jax.ShapeDtypeStruct((M, width), rows.dtype)
+    shape = jax.ShapeDtypeStruct((M, width), dtype)
     return _call(kernel, grid, shape, (rows, weights, *tiles), interpret=interpret)
 
 
@@ -147,7 +155,9 @@ def _rows_kernel(
         _store(out.at[at_rows, at_side], _sum(steps, step, height, side), in_rows, in_side)
 
 
-def _columns(left: Array, right: Array, sizes: Array, *, interpret: bool) -> Array:
+def _columns(
+    dtype: jnp.dtype, left: Array, right: Array, sizes: Array, *, interpret: bool
+) -> Array:
     """Gradient of the weights: [M,D],[M,F] -> [E,D,F]."""
     M, E = left.shape[0], sizes.shape[0]
     D, F = left.shape[1], right.shape[1]
@@ -155,7 +165,7 @@ def _columns(left: Array, right: Array, sizes: Array, *, interpret: bool) -> Arr
     ends = _ends(sizes, M)
     kernel = partial(_columns_kernel, (height, side, _depth(M / E, left.dtype)))
     grid = pl.cdiv(F, side), pl.cdiv(D, height), E
-    shape = jax.ShapeDtypeStruct((E, D, F), jnp.float32)
+    shape = jax.ShapeDtypeStruct((E, D, F), dtype)
     return _call(kernel, grid, shape, (left, right, _starts(ends), ends), interpret=interpret)
 
 

@@ -102,7 +102,7 @@ class EMoELM(nnx.Module):
         return self.norm(split_batch(x)), aux
 
     def logits(self, hidden: Array) -> Array:
-        """Logits [...,N] float32 of hidden states [...,D]."""
+        """Logits [...,N] float32 of hidden states [...,D]; for training there is `nll`."""
         head = gathered(self._output()[...].astype(hidden.dtype), "head")
         return row_product(hidden, head.T)
 

@@ -74,13 +74,34 @@ def test_the_exact_fallback_costs_one_round_whatever_the_depth(layers):
 
 
 @pytest.mark.parametrize("name", ["all_to_all", "ragged_all_to_all"])
-def test_an_exact_layer_keeps_its_weights_and_its_tokens_once(name):
-    # First rounds keep what they need, further rounds their inputs: what is both is kept once.
+def test_an_exact_layer_keeps_no_weights_and_its_tokens_once(name):
+    # First rounds keep what they need, further rounds their inputs: what is both is kept once, and
+    # the parameters, which are there anyway, not again.
     mesh = make_mesh(MeshConfig(data=1, expert=8), jax.devices()[:8])
     config = MoEConfig(experts=16, top_k=K, hidden=48, activation="gelu", exchange=name)
     shapes = kept(mesh, config, 40, 64, 3)
-    for shape in ((16, 64, 48), (16, 48, 64), (40, 64)):
-        assert shapes.count(shape) == 1
+    assert shapes.count((40, 64)) == 1
+    assert (16, 64, 48) not in shapes
+    assert (16, 48, 64) not in shapes
+
+
+@pytest.mark.parametrize("overflow", ["exact", "drop"])
+@pytest.mark.parametrize(
+    "sizes", [{"data": 4}, {"expert": 4}, {"data": 2, "fsdp": 2}, {"fsdp": 2, "expert": 2}], ids=str
+)
+def test_an_activation_keeps_its_arguments_alone_on_every_mesh(sizes, overflow):
+    mesh = make_mesh(MeshConfig(**({"data": 1} | sizes)), jax.devices()[:4])
+    config = MoEConfig(
+        experts=16,
+        top_k=K,
+        hidden=48,
+        activation="gelu",
+        exchange="all_to_all",
+        on_overflow=overflow,
+    )
+    # Of width F: what goes into the activation and what comes out, which the next product needs.
+    wide = [shape for shape in kept(mesh, config, 40, 64, 3) if shape[-1] == 48 and len(shape) == 2]
+    assert len(wide) == 2
 
 
 def test_weights_gathered_over_fsdp_are_not_kept_for_the_backward_pass():

@@ -54,7 +54,7 @@ def multiply(product, rows, weights, cotangent, sizes):
 
 @functools.cache
 def jitted(product):
-    return jax.jit(partial(native.multiply, product))
+    return jax.jit(partial(native.multiply, product, dtype=jnp.float32))
 
 
 @pytest.mark.parametrize("product", Product, ids=lambda product: product.value)

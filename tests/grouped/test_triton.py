@@ -74,10 +74,10 @@ def test_more_than_a_tile_each_way(product):
         for seed, shape in enumerate(shapes_of(product, 290, 2, 150, 130))
     )
     sizes = jnp.array([140, 141], jnp.int32)
-    got = jax.jit(triton.multiply, static_argnums=0)(product, left, right, sizes)
-    np.testing.assert_allclose(
-        got, loops.multiply(product, left, right, sizes), rtol=1e-5, atol=1e-4
-    )
+    run = jax.jit(triton.multiply, static_argnums=(0, 4))
+    got = run(product, left, right, sizes, jnp.dtype("float32"))
+    want = loops.multiply(product, left, right, sizes, jnp.float32)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
 
 
 def mesh_of_gpus(size):
@@ -114,9 +114,12 @@ def test_code_for_cuda_is_valid(product, dtype, sides):
         jax.ShapeDtypeStruct(shape, dtype) for shape in shapes_of(product, 300, 3, *sides)
     )
     sizes = jax.ShapeDtypeStruct((3,), jnp.int32)
-    (code,) = kernels(partial(triton.multiply, product), left, right, sizes)
-    assert code.count("tt.dot") == 1
-    assert code.count("scf.for") == 1
+    # Gradients of weights that stay in float32 are not rounded.
+    for result in {dtype, "float32"} if product is Product.COLUMNS else {dtype}:
+        run = partial(triton.multiply, product, dtype=jnp.dtype(result))
+        (code,) = kernels(run, left, right, sizes)
+        assert code.count("tt.dot") == 1
+        assert code.count("scf.for") == 1
 
 
 class GPU:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from emoe_jax.config import BASIS_ROUTERS, LMConfig, moe_layers
 from emoe_jax.dispatch.exchange import choose_exchange
 from train.config import ExperimentConfig
-from train.planning.memory import Sizes, Weights, sizes_of
+from train.planning.memory import Sizes, Weights, loss_positions, sizes_of
 from train.planning.topology import Topology, abstract_shape
 from train.planning.wires import exchange_rate, ring_rate
 
@@ -248,15 +248,16 @@ def _traffic(config: ExperimentConfig, sizes: Sizes, held: float, rounds: int) -
         one = 4.0 * sizes.sequences * model.heads / tp * sizes.length**2
         scores = SCORE_PASSES * one * sizes.layers
     rows = ROW_PASSES * sizes.rows * sizes.chunks * rounds * D * c * sum(moe_layers(model))
-    loss = _loss_traffic(model, t, tp, c) if isinstance(model, LMConfig) else 0.0
+    loss = _loss_traffic(model, sizes, c) if isinstance(model, LMConfig) else 0.0
     return optimizer + (weights + hidden + scores + rows + loss) * config.accumulate
 
 
-def _loss_traffic(model: LMConfig, t: int, tp: int, c: int) -> float:
+def _loss_traffic(model: LMConfig, sizes: Sizes, c: int) -> float:
     """Logits, and for each chunk of them the head, read twice, and its gradient, there and back."""
-    classes = model.vocab_size / tp
-    chunks = math.ceil(t / model.loss_chunk)
-    return 4.0 * LOGIT_PASSES * t * classes + chunks * classes * model.width * (2 * c + 8)
+    classes = model.vocab_size / sizes.shards["tensor"]
+    chunks = math.ceil(sizes.length / loss_positions(model, sizes))
+    head = chunks * classes * model.width * (2 * c + 8)
+    return 4.0 * LOGIT_PASSES * sizes.tokens * classes + head
 
 
 def _exchange(
@@ -297,10 +298,6 @@ def _weights(
     experts, dense, vocabulary = (
         weights.held(mesh, part) / 4 for part in ("experts", "blocks", "vocabulary")
     )
-    # A table of the vocabulary is looked up, one makes logits; tied, one does both. Images have no
-    # words, and their head is small and everywhere.
-    lm = isinstance(model, LMConfig)
-    table = vocabulary if not isinstance(model, LMConfig) or model.tie_head else vocabulary / 2
     micro, flows = config.accumulate, []
     remat = 2 if model.remat != "none" else 1
 
@@ -317,21 +314,28 @@ def _weights(
     if f > 1:
         ring("fsdp gather", ("fsdp",), f * dense * c * remat * micro, 4 * L * remat * micro)
         ring("fsdp gather", ("fsdp",), f * experts * c * (remat + 1) * micro, 3 * L * 3 * micro)
-        ring("fsdp gather", ("fsdp",), f * lm * table * 2 * c * micro, 2 * micro)
         ring("gradients", ("fsdp",), f * experts * 4 * micro, 3 * L * micro)
         ring("gradients", ("fsdp",), f * dense * 4 * micro, 4 * L * micro)
-        ring("gradients", ("fsdp",), f * lm * table * 4 * micro, micro)
     # An all-reduce is a scatter and a gather.
     others = tuple(axis for axis in ("data", "expert") if mesh[axis] > 1)
     ring("gradients", others, 2 * dense * 4 * micro, 4 * L * micro)
-    ring("gradients", others, 2 * lm * table * 4 * micro, micro)
     ring("gradients", ("data",), 2 * experts * 4 * micro, 3 * L * micro)
     batch = tuple(axis for axis in ("data", "fsdp", "expert") if mesh[axis] > 1)
+    # A table of the vocabulary is looked up, one makes logits; tied, one does both. Images have no
+    # words, and their head is small and everywhere.
+    table = vocabulary
+    if isinstance(model, LMConfig):
+        table = vocabulary if model.tie_head else vocabulary / 2
+        ring("fsdp gather", ("fsdp",) * (f > 1), f * table * 2 * c * micro, 2 * micro)
+        ring("gradients", ("fsdp",) * (f > 1), f * table * 4 * micro, micro)
+        ring("gradients", others, 2 * table * 4 * micro, micro)
     ring("gradients", batch, 2 * f * table * 4 * micro, micro)
     if mesh["tensor"] > 1:
         size = sizes.tokens * sizes.width * c
         passes = 2 * L * (2 + (remat - 1)) * micro
         ring("tensor", ("tensor",), 2 * size * passes, passes)
-        chunks = math.ceil(sizes.tokens / model.loss_chunk) if isinstance(model, LMConfig) else 0
-        ring("tensor", ("tensor",), 2 * lm * sizes.tokens * sizes.width * 4 * micro, chunks * micro)
+        if isinstance(model, LMConfig):
+            chunks = math.ceil(sizes.length / loss_positions(model, sizes))
+            states = sizes.tokens * sizes.width * 4
+            ring("tensor", ("tensor",), 2 * states * micro, 3 * chunks * micro)
     return flows

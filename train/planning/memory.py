@@ -3,7 +3,7 @@
 What lives through the step (parameters, optimizer, batch) follows exactly from the abstract state
 and its shardings. What the step needs besides is a model of XLA's schedule on TPU:
 
-    kept activations + gradients + vocabulary + the larger of attention's and the experts' scratch
+    kept activations + gradients + vocabulary + the largest of attention's, experts', loss's scratch
 
 Its coefficients, `Scratch`, were read off the compiler's own buffer assignments; docs/planning.md
 has the comparison with `memory_analysis()`, which is what counts.
@@ -249,7 +249,7 @@ def predict(
     experts = _expert_scratch(config, sizes, scratch)
     gradients = _gradient_bytes(config, weights, mesh, scratch)
     # Of this microbatch's gradients there are only the head's when the loss is differentiated.
-    earlier = weights.held(mesh, "blocks", "experts") if config.accumulate > 1 else 0.0
+    earlier = weights.held(mesh) if config.accumulate > 1 else 0.0
     loss = _loss_scratch(config, sizes, scratch) + earlier - gradients
     return Memory(
         parameters=held,
@@ -280,17 +280,24 @@ def kept_bytes(config: ExperimentConfig, sizes: Sizes) -> float:
         total += block + heads + t * D * c
         if experts:
             total += t * model.moe.experts * 4
-            total += (
-                (t * (2 * model.moe.shared_hidden / tp + D) * c) if model.moe.shared_hidden else 0
-            )
+            if model.moe.shared_hidden:
+                total += _mlp_bytes(config, t, model.moe.shared_hidden / tp, model.moe.activation)
         else:
-            total += t * (2 * model.mlp_hidden / tp + D) * c
+            activation = "swiglu" if isinstance(model, LMConfig) else "gelu"
+            total += _mlp_bytes(config, t, model.mlp_hidden / tp, activation)
         if model.remat == "none":
             total += 3 * heads + _scores(config, sizes) * 1.5 + 6 * t * D * c
             if experts:
                 F = model.moe.hidden / tp
                 total += sizes.rows * sizes.chunks * (4 * D + 3 * F) * c
     return total
+
+
+def _mlp_bytes(config: ExperimentConfig, t: int, hidden: float, activation: str) -> float:
+    """What a dense MLP keeps: its maps' results, and the last one's input, unless by "dots"."""
+    maps = 2 if activation == "swiglu" else 1
+    inner = maps + (config.model.remat == "none")
+    return t * (inner * hidden + config.model.width) * jnp.dtype(config.model.dtype).itemsize
 
 
 def _named_bytes(config: ExperimentConfig, sizes: Sizes) -> float:
@@ -346,9 +353,14 @@ def _loss_scratch(config: ExperimentConfig, sizes: Sizes, scratch: Scratch) -> f
     if isinstance(model, ViTConfig):
         return 0.0
     classes = model.vocab_size / sizes.shards["tensor"]
-    chunk = min(model.loss_chunk, sizes.tokens)
     head = (4 + jnp.dtype(model.dtype).itemsize) * classes * model.width
+    chunk = sizes.sequences * loss_positions(model, sizes)
     return 4 * scratch.logits * chunk * classes + head
+
+
+def loss_positions(model: LMConfig, sizes: Sizes) -> int:
+    """Positions of each sequence whose logits a device holds at once, at least one."""
+    return min(max(model.loss_chunk // sizes.sequences, 1), sizes.length)
 
 
 def _gradient_bytes(

@@ -5,7 +5,15 @@ import dataclasses
 import pytest
 
 from tests.train.planning.shapes import D, E, F, K, L, N, S, small
-from train.planning.memory import SCRATCH, kept_bytes, predict, rows_here, sizes_of, weigh
+from train.planning.memory import (
+    SCRATCH,
+    kept_bytes,
+    loss_positions,
+    predict,
+    rows_here,
+    sizes_of,
+    weigh,
+)
 
 ONE = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}
 HEADS, KV, DIM = 4, 2, 16
@@ -73,17 +81,27 @@ def test_the_larger_scratch_counts():
 
 
 def test_a_large_chunk_of_logits_is_the_peak():
-    def memory(chunk):
+    def memory(chunk, accumulate=1):
         config = small(model={"dtype": "bfloat16", "remat": "dots", "loss_chunk": chunk})
         model = dataclasses.replace(config.model, vocab_size=50_000)
-        config = dataclasses.replace(config, model=model)
+        config = dataclasses.replace(config, model=model, accumulate=accumulate)
         return predict(config, weigh(config), ONE)
 
-    few, many = memory(1), memory(16 * S)
+    few, many, halves = memory(1), memory(16 * S), memory(16 * S, accumulate=2)
     # The head in bfloat16 and its gradient in float32, and logits of all 16 sequences.
-    loss = (2 + 4) * 50_000 * D + SCRATCH.logits * 4 * 16 * S * 50_000
+    head = (2 + 4) * 50_000 * D
+    loss = head + SCRATCH.logits * 4 * 16 * S * 50_000
     assert many.total == pytest.approx(many.arguments + many.activations + loss)
     assert few.total < many.total
+    # Of half as many at a time, beside all gradients of those before.
+    loss = head + SCRATCH.logits * 4 * 8 * S * 50_000 + halves.parameters
+    assert halves.total == pytest.approx(halves.arguments + halves.activations + loss)
+
+
+def test_a_chunk_holds_a_token_of_each_sequence_at_least():
+    for chunk, positions in ((1, 1), (16, 1), (47, 2), (16 * S, S), (17 * S, S)):
+        config = small(model={"loss_chunk": chunk})
+        assert loss_positions(config.model, sizes_of(config, ONE)) == positions
 
 
 def test_a_fused_kernel_holds_no_scores():
