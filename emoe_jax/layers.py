@@ -136,8 +136,8 @@ class LayerNorm(nnx.Module):
 def _from_arguments(function: Callable[..., Array]) -> Callable[..., Array]:
     """The function, whose backward pass keeps its arguments, and computes the rest again.
 
-    What lies between takes more memory than they do, and to keep it in a deep model takes longer on
-    CPU (docs/performance.md). Not `jax.checkpoint`, whose inside a policy of remat around it sees.
+    What lies between takes more memory than they do, and in a deep model more time on CPU to keep
+    than to compute (docs/performance.md). Not `jax.checkpoint`, whose inside a policy of remat around it sees.
     """
 
     def backward(arguments: tuple[Array, ...], cotangent: Array) -> tuple[Array, ...]:
