@@ -137,7 +137,8 @@ def _from_arguments(function: Callable[..., Array]) -> Callable[..., Array]:
     """The function, whose backward pass keeps its arguments, and computes the rest again.
 
     What lies between takes more memory than they do, and in a deep model more time on CPU to keep
-    than to compute (docs/performance.md). Not `jax.checkpoint`, whose inside a policy of remat around it sees.
+    than to compute (docs/performance.md). Not `jax.checkpoint`, whose inside is seen, and may be
+    kept, by a policy of remat around it.
     """
 
     def backward(arguments: tuple[Array, ...], cotangent: Array) -> tuple[Array, ...]:
