@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,19 +47,27 @@ def _contract(left: Array, right: Array, left_axis: int, right_axis: int) -> Arr
     return jax.lax.dot_general(left, right, dimensions, preferred_element_type=jnp.float32)
 
 
-def _row_product_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _row_product(x, kernel), (x, kernel)
+def _row_product_forward(x: Any, kernel: Any) -> tuple[Array, Any]:
+    """Keeps what the gradients that are wanted need: of a frozen kernel, no rows."""
+    out = _row_product(x.value, kernel.value)
+    rows = x.value if kernel.perturbed else None
+    matrix = kernel.value if x.perturbed else None
+    return out, (rows, matrix, jnp.zeros((0,), x.value.dtype), jnp.zeros((0,), kernel.value.dtype))
 
 
-def _row_product_backward(kept: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
-    x, kernel = kept
-    low = cotangent.astype(x.dtype).reshape(-1, kernel.shape[-1])
-    d_x = _contract(low, kernel.astype(x.dtype), 1, 1).astype(x.dtype)
-    d_kernel = _contract(x.reshape(-1, x.shape[-1]), low, 0, 0).astype(kernel.dtype)
-    return d_x.reshape(x.shape), d_kernel
+def _row_product_backward(kept: Any, cotangent: Array) -> tuple[Array | None, Array | None]:
+    x, kernel, x_dtype, kernel_dtype = kept
+    d_x = d_kernel = None
+    low = cotangent.astype(x_dtype.dtype).reshape(-1, cotangent.shape[-1])
+    if kernel is not None:
+        d_x = _contract(low, kernel.astype(low.dtype), 1, 1).astype(low.dtype)
+        d_x = d_x.reshape(*cotangent.shape[:-1], kernel.shape[0])
+    if x is not None:
+        d_kernel = _contract(x.reshape(-1, x.shape[-1]), low, 0, 0).astype(kernel_dtype.dtype)
+    return d_x, d_kernel
 
 
-_row_product.defvjp(_row_product_forward, _row_product_backward)
+_row_product.defvjp(_row_product_forward, _row_product_backward, symbolic_zeros=True)
 
 
 class Linear(nnx.Module):

@@ -80,6 +80,17 @@ def test_low_precision_products_are_so_backward_too():
     np.testing.assert_allclose(np.asarray(d_x, np.float32), low @ narrow.T, rtol=2**-8, atol=1e-6)
 
 
+def test_for_what_is_frozen_nothing_is_kept_or_computed():
+    x, kernel = draw((5, 3)), draw((3, 4), 1)
+    cases = ((lambda x: row_product(x, kernel), x), (lambda kernel: row_product(x, kernel), kernel))
+    for function, argument in cases:
+        out, pull = jax.vjp(function, argument)
+        # A gradient is of the other operand, and takes one product.
+        shapes = {leaf.shape for leaf in jax.tree.leaves(pull)}
+        assert argument.shape not in shapes
+        assert len(list(products_of(jax.make_jaxpr(pull)(out).jaxpr))) == 1
+
+
 def test_no_rounded_copy_of_the_kernel_is_kept():
     _, pull = jax.vjp(row_product, draw((5, 3)).astype(jnp.bfloat16), draw((3, 4), 1))
     kept = [leaf.dtype for leaf in jax.tree.leaves(pull) if leaf.shape == (3, 4)]
