@@ -154,13 +154,18 @@ def _sums(
     return total, _unfold(hidden_gradient, hidden.shape), head_gradient
 
 
+def chunk_positions(chunk: int, sequences: int, length: int) -> int:
+    """Positions of each sequence in one chunk: `chunk` tokens in all, but one of each at least."""
+    return min(max(chunk // sequences, 1), length)
+
+
 def _split(hidden: Array, targets: Array, weights: Array, chunk: int) -> tuple[Array, Array, Array]:
     """Folds positions into chunks [n,...,c,D], padded with positions of weight zero.
 
     Positions are cut, never sequences: on a mesh each device keeps the sequences that it holds.
     """
     *lead, S, D = hidden.shape
-    size = min(max(chunk // math.prod(lead), 1), S)
+    size = chunk_positions(chunk, math.prod(lead), S)
     pad = -S % size
 
     def fold(x: Array, tail: tuple[int, ...]) -> Array:

@@ -326,8 +326,8 @@ def _weights(
     table = vocabulary
     if isinstance(model, LMConfig):
         table = vocabulary if model.tie_head else vocabulary / 2
-        ring("fsdp gather", ("fsdp",) * (f > 1), f * table * 2 * c * micro, 2 * micro)
-        ring("gradients", ("fsdp",) * (f > 1), f * table * 4 * micro, micro)
+        ring("fsdp gather", ("fsdp",), f * table * 2 * c * micro, 2 * micro)
+        ring("gradients", ("fsdp",), f * table * 4 * micro, micro)
         ring("gradients", others, 2 * table * 4 * micro, micro)
     ring("gradients", batch, 2 * f * table * 4 * micro, micro)
     if mesh["tensor"] > 1:

@@ -23,6 +23,7 @@ from emoe_jax import pure
 from emoe_jax.config import LMConfig, ViTConfig, moe_layers
 from emoe_jax.dispatch.exchange import choose_exchange
 from emoe_jax.dispatch.transport import TRANSPORTS
+from emoe_jax.losses import chunk_positions
 from emoe_jax.sharding import AXES, spec
 from train.config import ExperimentConfig
 from train.data.config import TextConfig
@@ -359,8 +360,8 @@ def _loss_scratch(config: ExperimentConfig, sizes: Sizes, scratch: Scratch) -> f
 
 
 def loss_positions(model: LMConfig, sizes: Sizes) -> int:
-    """Positions of each sequence whose logits a device holds at once, at least one."""
-    return min(max(model.loss_chunk // sizes.sequences, 1), sizes.length)
+    """Positions of each sequence whose logits a device holds at once."""
+    return chunk_positions(model.loss_chunk, sizes.sequences, sizes.length)
 
 
 def _gradient_bytes(
