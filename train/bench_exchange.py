@@ -66,7 +66,7 @@ class Shape:
         K: experts a token.
         E: experts.
         X: devices on the axis `expert`.
-        dtype: of rows and weights.
+        dtype: of rows; weights are float32, as in training.
         buffer_factor: see `MoEConfig`.
     """
 
@@ -222,8 +222,8 @@ def operands(shape: Shape) -> Any:
 
     def make() -> tuple[Array, Array, Weights, Array]:
         keys = jax.random.split(jax.random.key(0), 3)
-        up = jax.random.normal(keys[1], (E, D, F), shape.dtype) / D**0.5
-        down = jax.random.normal(keys[2], (E, F, D), shape.dtype) / F**0.5
+        up = jax.random.normal(keys[1], (E, D, F)) / D**0.5
+        down = jax.random.normal(keys[2], (E, F, D)) / F**0.5
         tokens = jax.random.normal(keys[0], (T, D), shape.dtype)
         gates = jnp.full((T, K), 1 / K, jnp.float32)
         return tokens, gates, {"w_up": up, "w_down": down}, balanced_choices(shape)

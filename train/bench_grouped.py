@@ -18,7 +18,7 @@ import numpy as np
 
 from emoe_jax.dispatch import dropless
 from emoe_jax.grouped import grouped_matmul, is_dense, resolve_backend
-from emoe_jax.layers import gelu
+from emoe_jax.layers import gelu, row_product
 from emoe_jax.routers import Routing
 from train import timing
 from train.timing import Row, Step, interleave
@@ -47,7 +47,7 @@ class Shape:
         F: hidden width of an expert.
         K: experts a token.
         E: experts.
-        dtype: of rows and weights.
+        dtype: of rows; weights and gates are float32, as in training.
     """
 
     T: int
@@ -117,10 +117,12 @@ def operands(shape: Shape, load: str) -> dict[str, tuple[jax.Array, ...]]:
     """Arrays for the kernels: K times the tokens for those that do not route."""
     T, D, F, K, E = shape.T, shape.D, shape.F, shape.K, shape.E
     random = np.random.default_rng(0)
-    dtype = jnp.dtype(shape.dtype)
 
     def normal(*shape: int) -> jax.Array:
-        return jnp.asarray(random.standard_normal(shape, np.float32) / shape[-2] ** 0.5, dtype)
+        return jnp.asarray(random.standard_normal(shape, np.float32) / shape[-2] ** 0.5)
+
+    def rows(*sizes: int) -> jax.Array:
+        return normal(*sizes, D).astype(shape.dtype)
 
     share = np.ones(E) if load == "balanced" else 1 / np.arange(1, E + 1)
     # The K largest of log(share) + Gumbel noise: K different experts drawn by their shares.
@@ -128,9 +130,9 @@ def operands(shape: Shape, load: str) -> dict[str, tuple[jax.Array, ...]]:
     indices = jnp.asarray(np.argsort(-scores, axis=1)[:, :K], jnp.int32)
     matrices = normal(E, D, F), normal(E, F, D)
     return {
-        "experts": (normal(T, D), jnp.full((T, K), 1 / K, dtype), *matrices, indices),
-        "batched": (normal(E, -(-T * K // E), D), *matrices),
-        "dense": (normal(T * K, D), normal(D, F), normal(F, D)),
+        "experts": (rows(T), jnp.full((T, K), 1 / K), *matrices, indices),
+        "batched": (rows(E, -(-T * K // E)), *matrices),
+        "dense": (rows(T * K), normal(D, F), normal(F, D)),
     }
 
 
@@ -148,7 +150,9 @@ def programs(kernel: str) -> dict[str, Step]:
 
 def _dense_mlp(rows: jax.Array, w_in: jax.Array, w_out: jax.Array) -> jax.Array:
     """[M,D] by [D,F] and [F,D], or the same with a leading E everywhere; exact GELU."""
-    return gelu(rows @ w_in) @ w_out
+    product = row_product if w_in.ndim == 2 else jax.vmap(row_product)
+    hidden = gelu(product(rows, w_in).astype(rows.dtype))
+    return product(hidden, w_out).astype(rows.dtype)
 
 
 def _expert_mlp(
@@ -163,7 +167,7 @@ def _expert_mlp(
     T, E = tokens.shape[0], w_in.shape[0]
     none = jnp.zeros((), jnp.float32)
     probs = jnp.zeros((T, E), jnp.float32)
-    routing = Routing(indices, gates.astype(jnp.float32), probs, none, {}, {})
+    routing = Routing(indices, gates, probs, none, {}, {})
     groups = dropless.dispatch(tokens, routing, jnp.ones((T,), bool), 1.0)
     hidden = gelu(grouped_matmul(groups.rows, w_in, groups.sizes, backend=kernel))
     return dropless.combine(grouped_matmul(hidden, w_out, groups.sizes, backend=kernel), groups)

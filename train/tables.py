@@ -93,7 +93,7 @@ def print_table(title: str, rows: Sequence[Row], console: Console | None = None)
     for row in rows:
         table.add_row(*[_cell(row.get(column)) for column in columns])
     # A pipe or a log file has no width: rich would cut the columns to 80 characters.
-    console = console or Console(width=None if sys.stdout.isatty() else 200)
+    console = console or Console(width=None if sys.stdout.isatty() else 10_000)
     console.print(table)
 
 

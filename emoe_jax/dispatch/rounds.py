@@ -125,6 +125,8 @@ def _rounds_backward(method: Method, saved: Any, cotangent: Array) -> tuple[Any,
 
     def add(turn: Array, gradients: Any) -> Any:
         _, pull = jax.vjp(partial(one_round, method, plan, turn), *inputs)
+        # Or XLA finds that both passes compute the same, and keeps what would be computed again.
+        pull = lax.optimization_barrier(pull)
         return jax.tree.map(jnp.add, gradients, pull(cotangent))
 
     gradients = lax.fori_loop(1, rounds, add, pull(cotangent))

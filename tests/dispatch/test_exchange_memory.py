@@ -57,8 +57,8 @@ def kept(mesh, config, T, D, layers):
     return [leaf.aval.shape[1:] for leaf in forward.outvars if leaf.aval.shape[0] == layers]
 
 
-@pytest.mark.parametrize("layers", [1, 4, 16])
-def test_the_exact_fallback_costs_one_round_whatever_the_depth(layers):
+@pytest.mark.parametrize(("layers", "most"), [(1, 1.12), (4, 1.1), (16, 1.1)])
+def test_the_exact_fallback_needs_no_buffer_beside_the_first_rounds(layers, most):
     assert len(jax.devices()) >= 8
     mesh = make_mesh(MeshConfig(data=1, expert=8), jax.devices()[:8])
     config = MoEConfig(experts=16, top_k=K, hidden=128, activation="gelu", exchange="all_to_all")
@@ -66,11 +66,11 @@ def test_the_exact_fallback_costs_one_round_whatever_the_depth(layers):
     exact, fast = (scratch(mesh, c, 4096, 64, layers) for c in (config, drop))
     # One buffer of the fast path: 8 peers times 160 slots, 1.25 · 1024 / 8, of F floats.
     assert fast > layers * 8 * 160 * 128 * 4
-    # A layer's tokens, 512 of 64 floats here, which a router would keep as well; and once the rows
-    # of a further round and what its experts make of them.
-    assert exact - fast <= layers * 512 * 64 * 4 + 8 * 160 * (2 * 64 + 2 * 128) * 4
-    if layers == 16:
-        assert exact <= 1.1 * fast
+    # A layer's tokens, 512 of 64 floats here, which a router would keep as well. Once, while rounds
+    # add to them: the gradients of the tokens, twice, and of the weights, 2 · 2 · 64 · 128 floats.
+    tokens = 512 * 64 * 4
+    assert exact - fast <= layers * tokens + 2 * tokens + 2 * 2 * 64 * 128 * 4
+    assert exact <= most * fast
 
 
 @pytest.mark.parametrize("name", ["all_to_all", "ragged_all_to_all"])

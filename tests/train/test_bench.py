@@ -73,6 +73,12 @@ def test_table_leaves_missing_keys_blank(capsys):
     assert "None" not in printed
 
 
+def test_a_wide_table_is_whole_where_there_is_no_terminal(capsys):
+    names = [f"a_long_name_of_a_column_{number}" for number in range(40)]
+    tables.print_table("wide", [dict.fromkeys(names, 1)])
+    assert set(names) <= set(capsys.readouterr().out.split())
+
+
 def test_json_path_is_checked(tmp_path):
     with pytest.raises(ValueError, match="is a folder; name a file in it"):
         tables.write_json(str(tmp_path), [])
