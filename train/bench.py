@@ -71,7 +71,11 @@ flags.DEFINE_multi_enum(
     flag_values=FLAGS,
 )
 flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bfloat16"], "Of rows and weights.", flag_values=FLAGS
+    "dtype",
+    "float32",
+    ["float32", "bfloat16"],
+    "Of rows; peers: of weights too.",
+    flag_values=FLAGS,
 )
 flags.DEFINE_integer("images", 16, "adapter: images in a batch.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_multi_enum(

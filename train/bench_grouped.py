@@ -47,7 +47,8 @@ class Shape:
         F: hidden width of an expert.
         K: experts a token.
         E: experts.
-        dtype: of rows; weights and gates are float32, as in training.
+        dtype: of rows. Weights and gates are float32, as in training; `train.bench peers`, where
+            nobody's time is to include a cast of the weights, has weights of it too.
     """
 
     T: int
@@ -118,21 +119,24 @@ def operands(shape: Shape, load: str) -> dict[str, tuple[jax.Array, ...]]:
     T, D, F, K, E = shape.T, shape.D, shape.F, shape.K, shape.E
     random = np.random.default_rng(0)
 
-    def normal(*shape: int) -> jax.Array:
-        return jnp.asarray(random.standard_normal(shape, np.float32) / shape[-2] ** 0.5)
+    def normal(*sizes: int) -> np.ndarray:
+        return random.standard_normal(sizes, np.float32)
 
     def rows(*sizes: int) -> jax.Array:
-        return normal(*sizes, D).astype(shape.dtype)
+        return jnp.asarray(normal(*sizes, D), shape.dtype)
+
+    def matrix(*sizes: int) -> jax.Array:
+        return jnp.asarray(normal(*sizes) / np.float32(sizes[-2] ** 0.5))
 
     share = np.ones(E) if load == "balanced" else 1 / np.arange(1, E + 1)
     # The K largest of log(share) + Gumbel noise: K different experts drawn by their shares.
     scores = np.log(share) + random.gumbel(size=(T, E))
     indices = jnp.asarray(np.argsort(-scores, axis=1)[:, :K], jnp.int32)
-    matrices = normal(E, D, F), normal(E, F, D)
+    matrices = matrix(E, D, F), matrix(E, F, D)
     return {
         "experts": (rows(T), jnp.full((T, K), 1 / K), *matrices, indices),
         "batched": (rows(E, -(-T * K // E)), *matrices),
-        "dense": (rows(T * K), normal(D, F), normal(F, D)),
+        "dense": (rows(T * K), matrix(D, F), matrix(F, D)),
     }
 
 

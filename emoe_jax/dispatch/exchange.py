@@ -7,8 +7,8 @@ and the body is the dropless dispatch of each device's own tokens.
 - "all_to_all": P = buffer_factor · A/X slots for each pair of devices. What finds no slot waits for
   another round of the same exchange; the number of rounds is agreed by the group, is one but for
   an overflow, and every further round saves nothing for the backward pass: it is run again there.
-  So a result is exact whatever the load, and an overflow costs time, not memory: a further round
-  has no buffer that the first did not need, and adds to one set of gradients.
+  So a result is exact whatever the load, and an overflow costs time, not memory: what one further
+  round needs there, and its gradients, is set aside once, whatever the depth and the load.
 - "ragged_all_to_all": the same with exact sizes, and room for buffer_factor · A rows on a device.
 - "all_gather": every device sees all tokens of its group, computes what its experts give them, and
   the sum is scattered. Never overflows.

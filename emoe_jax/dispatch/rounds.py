@@ -95,8 +95,21 @@ class _Input:
     number: int
 
 
-def _is_input(leaf: Any) -> bool:
-    return isinstance(leaf, _Input)
+def _without(pull: Any, inputs: Any) -> Any:
+    """A pull-back, or another tree, without what it holds of the inputs: those are there anyway."""
+    leaves, tree = jax.tree.flatten(pull)
+    numbers = {id(leaf): number for number, leaf in enumerate(jax.tree.leaves(inputs))}
+    own = [_Input(numbers[id(leaf)]) if id(leaf) in numbers else leaf for leaf in leaves]
+    return jax.tree.unflatten(tree, own)
+
+
+def _with(own: Any, inputs: Any) -> Any:
+    """The pull-back again."""
+    leaves, tree = jax.tree.flatten(own, is_leaf=lambda leaf: isinstance(leaf, _Input))
+    given = jax.tree.leaves(inputs)
+    return jax.tree.unflatten(
+        tree, [given[leaf.number] if isinstance(leaf, _Input) else leaf for leaf in leaves]
+    )
 
 
 def _rounds_forward(
@@ -108,28 +121,19 @@ def _rounds_forward(
     """Keeps what the first round's backward pass needs; further rounds keep their inputs alone."""
     first, pull = jax.vjp(partial(one_round, method, plan, 0), *inputs)
     out = _further(method, plan, rounds, inputs, first)
-    # The inputs that `pull` holds are kept once, with the others.
-    leaves, tree = jax.tree.flatten(pull)
-    numbers = {id(leaf): number for number, leaf in enumerate(jax.tree.leaves(inputs))}
-    own = [_Input(numbers[id(leaf)]) if id(leaf) in numbers else leaf for leaf in leaves]
-    return out, (jax.tree.unflatten(tree, own), plan, rounds, inputs)
+    return out, (_without(pull, inputs), plan, rounds, inputs)
 
 
 def _rounds_backward(method: Method, saved: Any, cotangent: Array) -> tuple[Any, Any, Any]:
-    held, plan, rounds, inputs = saved
-    leaves, tree = jax.tree.flatten(held, is_leaf=_is_input)
-    given = jax.tree.leaves(inputs)
-    pull = jax.tree.unflatten(
-        tree, [given[leaf.number] if _is_input(leaf) else leaf for leaf in leaves]
-    )
+    own, plan, rounds, inputs = saved
 
     def add(turn: Array, gradients: Any) -> Any:
         _, pull = jax.vjp(partial(one_round, method, plan, turn), *inputs)
         # Or XLA finds that both passes compute the same, and keeps what would be computed again.
-        pull = lax.optimization_barrier(pull)
-        return jax.tree.map(jnp.add, gradients, pull(cotangent))
+        own = lax.optimization_barrier(_without(pull, inputs))
+        return jax.tree.map(jnp.add, gradients, _with(own, inputs)(cotangent))
 
-    gradients = lax.fori_loop(1, rounds, add, pull(cotangent))
+    gradients = lax.fori_loop(1, rounds, add, _with(own, inputs)(cotangent))
     return no_gradient(plan), no_gradient(rounds), gradients
 
 

@@ -57,8 +57,8 @@ def kept(mesh, config, T, D, layers):
     return [leaf.aval.shape[1:] for leaf in forward.outvars if leaf.aval.shape[0] == layers]
 
 
-@pytest.mark.parametrize(("layers", "most"), [(1, 1.12), (4, 1.1), (16, 1.1)])
-def test_the_exact_fallback_needs_no_buffer_beside_the_first_rounds(layers, most):
+@pytest.mark.parametrize("layers", [1, 4, 16])
+def test_the_exact_fallback_needs_tokens_and_gradients_but_no_buffer(layers):
     assert len(jax.devices()) >= 8
     mesh = make_mesh(MeshConfig(data=1, expert=8), jax.devices()[:8])
     config = MoEConfig(experts=16, top_k=K, hidden=128, activation="gelu", exchange="all_to_all")
@@ -70,7 +70,6 @@ def test_the_exact_fallback_needs_no_buffer_beside_the_first_rounds(layers, most
     # add to them: the gradients of the tokens, twice, and of the weights, 2 · 2 · 64 · 128 floats.
     tokens = 512 * 64 * 4
     assert exact - fast <= layers * tokens + 2 * tokens + 2 * 2 * 64 * 128 * 4
-    assert exact <= most * fast
 
 
 @pytest.mark.parametrize("name", ["all_to_all", "ragged_all_to_all"])

@@ -3,7 +3,9 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from train import bench, bench_grouped
 
@@ -52,3 +54,27 @@ def test_kernels_compute_the_same_outputs_and_gradients():
     for ours in (native, loops):
         for mine, other in zip(*map(jax.tree.leaves, (ours, compilers)), strict=True):
             np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", ["dense", "batched", "native"])
+def test_rows_are_of_the_dtype_and_weights_float32_with_their_gradients(kernel):
+    shape = bench_grouped.Shape(T=12, D=4, F=6, K=2, E=3, dtype="bfloat16")
+    arrays = bench_grouped.operands(shape, "balanced")
+    rows, *rest = arrays.get(kernel, arrays["experts"])
+    assert rows.dtype == jnp.bfloat16
+    assert all(leaf.dtype == jnp.float32 for leaf in rest if leaf.dtype != jnp.int32)
+    _, (d_rows, *d_rest) = bench_grouped.programs(kernel)["step"](rows, *rest)
+    assert d_rows.dtype == jnp.bfloat16
+    assert all(leaf.dtype == jnp.float32 for leaf in d_rest)
+
+
+def test_batched_is_a_dense_mlp_of_each_expert():
+    shape = bench_grouped.Shape(T=12, D=4, F=6, K=2, E=3, dtype="float32")
+    arrays = bench_grouped.operands(shape, "balanced")["batched"]
+    loss, gradients = bench_grouped.programs("batched")["step"](*arrays)
+    dense = bench_grouped.programs("dense")["step"]
+    alone = [dense(*(leaf[expert] for leaf in arrays)) for expert in range(3)]
+    np.testing.assert_allclose(loss, sum(one for one, _ in alone), rtol=1e-6)
+    for number, gradient in enumerate(gradients):
+        parts = jnp.stack([of_expert[number] for _, of_expert in alone])
+        np.testing.assert_allclose(gradient, parts, rtol=1e-5, atol=1e-6)
