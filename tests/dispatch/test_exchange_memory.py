@@ -65,11 +65,11 @@ def test_the_exact_fallback_needs_tokens_and_gradients_but_no_buffer(layers):
     drop = dataclasses.replace(config, on_overflow="drop")
     exact, fast = (scratch(mesh, c, 4096, 64, layers) for c in (config, drop))
     # One buffer of the fast path: 8 peers times 160 slots, 1.25 · 1024 / 8, of F floats.
-    assert fast > layers * 8 * 160 * 128 * 4
-    # A layer's tokens, 512 of 64 floats here, which a router would keep as well. Once, while rounds
-    # add to them: the gradients of the tokens, twice, and of the weights, 2 · 2 · 64 · 128 floats.
-    tokens = 512 * 64 * 4
-    assert exact - fast <= layers * tokens + 2 * tokens + 2 * 2 * 64 * 128 * 4
+    buffer = 8 * 160 * 128 * 4
+    assert fast > layers * buffer
+    # A layer's tokens, 512 of 64 floats here, which a router would keep as well. Besides them once,
+    # while rounds add to them, the gradients of tokens and weights: less than such a buffer.
+    assert exact - fast < layers * 512 * 64 * 4 + buffer
 
 
 @pytest.mark.parametrize("name", ["all_to_all", "ragged_all_to_all"])
