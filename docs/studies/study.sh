@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The study of docs/routing.md: four tasks, two shapes of the experts, every router tuned on a seed
-# of its own, in the environment that README makes. Some 800 runs of 50 to 100 s on a core.
+# of its own, in the environment that README makes. Some 800 runs of 50 to 260 s, as the core is.
 #
 #     docs/studies/study.sh FOLDER [CELL...]
 #
