@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,6 +19,8 @@ from emoe_jax.sharding import (
     ambient_mesh,
     batch_shards,
     gathered,
+    reduce_over,
+    splitting,
     varying,
     varying_alike,
 )
@@ -66,10 +67,8 @@ def _where_they_lie(
     if mesh is None or not _divides(mesh, hidden, head):
         low = gathered(head.astype(hidden.dtype), "head")
         return _sums(hidden, low, targets, weights, chunk, (), gradients=gradients)
-    # Named only where they cut: XLA on CPU carries out what one device would do with itself.
     tokens, classes, widths = (
-        tuple(axis for axis in axes if axis and mesh.shape[axis] > 1)
-        for axes in (BATCH_AXES, (RULES["vocab"],), (RULES["embed"],))
+        splitting(mesh, axes) for axes in (BATCH_AXES, (RULES["vocab"],), (RULES["embed"],))
     )
 
     def body(hidden: Array, head: Array, targets: Array, weights: Array) -> tuple[Array, ...]:
@@ -78,14 +77,14 @@ def _where_they_lie(
         if widths:
             low = lax.all_gather(low, widths, axis=1, tiled=True)
         loss, *rest = _sums(hidden, low, targets, weights, chunk, classes, gradients=gradients)
-        loss = _over(lax.psum, loss, tokens)
+        loss = reduce_over(lax.psum, loss, tokens)
         if not rest:
             return (loss,)
         hidden_gradient, head_gradient = rest
         if widths:
             head_gradient = lax.psum_scatter(head_gradient, widths, scatter_dimension=0, tiled=True)
         others = tuple(axis for axis in tokens if axis not in widths)
-        return loss, hidden_gradient, _over(lax.psum, head_gradient, others)
+        return loss, hidden_gradient, reduce_over(lax.psum, head_gradient, others)
 
     rows = PartitionSpec(tokens)
     places = rows, PartitionSpec(classes, widths), rows, rows
@@ -100,13 +99,6 @@ def _divides(mesh: AbstractMesh, hidden: Array, head: Array) -> bool:
     (N, D), sizes = head.shape, mesh.shape
     uneven = hidden.shape[0] % batch_shards(mesh), N % sizes["tensor"], D % sizes["fsdp"]
     return not any(uneven)
-
-
-def _over(
-    reduce: Callable[[Array, tuple[str, ...]], Array], x: Array, axes: tuple[str, ...]
-) -> Array:
-    """A reduction over mesh axes, if there are any."""
-    return reduce(x, axes) if axes else x
 
 
 def _sums(
@@ -137,7 +129,7 @@ def _sums(
         total, head_gradient = carry
         loss, probs, target = _chunk_loss(head, part, classes)
         gap = ((probs - target.astype(jnp.float32)) * part[2][..., None]).astype(hidden.dtype)
-        hidden_gradient = _over(lax.psum, row_product(gap, head), classes)
+        hidden_gradient = reduce_over(lax.psum, row_product(gap, head), classes)
         # Of the shape [D,N]: for [N,D] XLA on CPU would first transpose the gap, which is large.
         tokens = tuple(range(gap.ndim - 1))
         step = jnp.tensordot(
@@ -192,14 +184,16 @@ def _chunk_loss(
     hidden, targets, weights = part
     logits = row_product(hidden, head.T)
     most = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    logits = logits - _over(lax.pmax, most, classes)
+    logits = logits - reduce_over(lax.pmax, most, classes)
     exponential = jnp.exp(logits)
     first = lax.axis_index(classes) * logits.shape[-1]
     own = lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
     target = (targets - first)[..., None] == own
     chosen = jnp.sum(jnp.where(target, logits, 0.0), axis=-1)
     # Two numbers a token, in one sum over devices.
-    total, chosen = _over(lax.psum, jnp.stack([jnp.sum(exponential, axis=-1), chosen]), classes)
+    total, chosen = reduce_over(
+        lax.psum, jnp.stack([jnp.sum(exponential, axis=-1), chosen]), classes
+    )
     loss = jnp.sum(weights * (jnp.log(total) - chosen))
     return loss, exponential / total[..., None], target
 

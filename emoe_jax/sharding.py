@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -180,6 +180,25 @@ def varying_alike(*arrays: jax.Array) -> list[jax.Array]:
         else array
         for array in arrays
     ]
+
+
+def splitting(mesh: Mesh | AbstractMesh, axes: Iterable[str | None]) -> tuple[str, ...]:
+    """The mesh axes of those named that have more than one device.
+
+    Inside shard_map no others should be named: XLA on CPU carries out what one device would do with
+    itself, a sum over an axis of one device as a copy (docs/performance.md).
+    """
+    return tuple(axis for axis in axes if axis and mesh.shape[axis] > 1)
+
+
+def reduce_over(
+    reduce: Callable[[jax.Array, tuple[str, ...]], jax.Array],
+    x: jax.Array,
+    axes: Iterable[str | None],
+) -> jax.Array:
+    """A reduction over those mesh axes that have more than one device, inside shard_map."""
+    several = tuple(axis for axis in axes if axis and jax.lax.axis_size(axis) > 1)
+    return reduce(x, several) if several else x
 
 
 def in_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -38,7 +38,7 @@ from emoe_jax.dispatch.rounds import Experts, Method, Weights, all_rounds, one_r
 from emoe_jax.dispatch.rows import combine_rows, spread_rows
 from emoe_jax.remat import decided, exchanged
 from emoe_jax.routers.base import ExpertChoice, Routing
-from emoe_jax.sharding import AXES, BATCH_AXES, RULES, batch_shards, spec
+from emoe_jax.sharding import AXES, BATCH_AXES, RULES, batch_shards, reduce_over, spec, splitting
 
 Array = jax.Array
 
@@ -156,8 +156,8 @@ def exchange(
         tokens = jnp.pad(tokens, ((0, missing), (0, 0)))
         experts = jnp.pad(experts, ((0, missing), (0, 0)), constant_values=config.experts)
         gates = jnp.pad(gates, ((0, missing), (0, 0)))
-    places = {name: _place(name, leaf) for name, leaf in weights.items()}
-    rows = PartitionSpec(BATCH_AXES)
+    places = {name: _place(name, leaf, mesh) for name, leaf in weights.items()}
+    rows = PartitionSpec(splitting(mesh, BATCH_AXES))
     body = jax.shard_map(
         partial(_body, apply=apply, config=config, places=places),
         mesh=mesh,
@@ -168,13 +168,15 @@ def exchange(
     return done._replace(out=done.out[:T]) if missing else done
 
 
-def _place(name: str, leaf: Array) -> PartitionSpec:
+def _place(name: str, leaf: Array, mesh: AbstractMesh) -> PartitionSpec:
+    """The axes of more than one device that cut an array of the experts."""
     place = spec((jax.tree_util.DictKey(name),), leaf.ndim)
     require(
         len(place) > 0 and place[0] == RULES["expert"],
         f"weights hold {name!r} {leaf.shape}, which sharding.LOGICAL does not spread over experts",
     )
-    return place
+    several = splitting(mesh, place)
+    return PartitionSpec(*(axis if axis in several else None for axis in place))
 
 
 # --- the body: one device ---------------------------------------------------------------------
@@ -210,7 +212,7 @@ def _body(
     # but marked would be a copy beside the parameters.
     run = jax.checkpoint(run, policy=_kept)
     out, dropped, overflows = run(tokens, experts, gates, weights)
-    out = lax.psum(out.reshape(tokens.shape), RULES["mlp"]).astype(tokens.dtype)
+    out = reduce_over(lax.psum, out.reshape(tokens.shape), (RULES["mlp"],)).astype(tokens.dtype)
     # The devices of a group do the same exchange: each counts its share of it.
     exchanges = transport.vary(jnp.float32(config.exchange_chunks / X if X > 1 else 0))
     return out, _total(dropped), _total(overflows / X), _total(exchanges)
@@ -223,7 +225,7 @@ def _chunks(config: MoEConfig, devices: int) -> int:
 
 def _total(count: Array) -> Array:
     """Sum over all devices; those along `tensor` hold the same tokens, which count once."""
-    return lax.psum(jnp.sum(count), AXES) / lax.axis_size(RULES["mlp"])
+    return reduce_over(lax.psum, jnp.sum(count), AXES) / lax.axis_size(RULES["mlp"])
 
 
 def _kept(primitive: Any, *_: Any, **params: Any) -> bool:
@@ -254,7 +256,7 @@ def _gather(leaf: Array, place: PartitionSpec, dtype: jnp.dtype) -> Array:
     for axis, name in enumerate(place):
         if name == RULES["embed"] and lax.axis_size(name) > 1:
             leaf = _travel(leaf, axis, dtype, leaf.dtype)
-    if RULES["mlp"] not in place:
+    if RULES["mlp"] not in place and lax.axis_size(RULES["mlp"]) > 1:
         leaf = jnp.where(lax.axis_index(RULES["mlp"]) == 0, leaf, jnp.zeros_like(leaf))
     return checkpoint_name(leaf, GATHERED)
 
@@ -306,7 +308,7 @@ def _chunk(
     method = Method(way, way.room(experts.shape[0] * config.top_k, X, config.buffer_factor), apply)
     own = way.rounds(plan, method.room)
     # Agreed by all groups: collectives in loops of different lengths are not safe everywhere.
-    rounds = decided(lax.pmax(own, AXES))
+    rounds = decided(reduce_over(lax.pmax, own, AXES))
     overflowed = (own > 1).astype(jnp.float32)
     inputs = (tokens, gates, weights)
     if config.on_overflow == "drop":

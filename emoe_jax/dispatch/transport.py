@@ -23,7 +23,7 @@ from jax import lax
 from emoe_jax.dispatch.dropless import ranks, sort_by_expert
 from emoe_jax.dispatch.rows import Layout, no_gradient
 from emoe_jax.remat import decided
-from emoe_jax.sharding import AXES
+from emoe_jax.sharding import AXES, varying_alike
 
 Array = jax.Array
 
@@ -34,9 +34,10 @@ AXIS = "expert"
 def vary(leaf: Array, over: Collection[str] = ()) -> Array:
     """Marks an array that differs over the mesh axes `over` as different on every device.
 
-    So all that is computed with it has one type; the transpose sums the gradients.
+    So all that is computed with it has one type; the transpose sums the gradients. Not over axes of
+    one device, see `sharding.splitting`: nothing else is to be marked so either.
     """
-    same = tuple(axis for axis in AXES if axis not in over)
+    same = tuple(axis for axis in AXES if axis not in over and lax.axis_size(axis) > 1)
     return lax.pcast(leaf, same, to="varying") if same else leaf
 
 
@@ -267,7 +268,7 @@ def ragged_window(plan: Sorted, room: int, turn: Array | int) -> Window:
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _ragged(length: int, rows: Array, going: Offsets, coming: Offsets) -> Array:
     """Rows [length,D] of what the peers send; zeros elsewhere. `coming` is the way back."""
-    out = vary(jnp.zeros((length, rows.shape[1]), rows.dtype))
+    out, _ = varying_alike(jnp.zeros((length, rows.shape[1]), rows.dtype), rows)
     native = partial(lax.ragged_all_to_all, axis_name=AXIS)
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is None:

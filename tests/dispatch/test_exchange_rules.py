@@ -190,17 +190,21 @@ def test_bfloat16_experts_agree_with_one_device(name):
     assert_close((out, gradients), (expected, others), share=0.02)
 
 
-def test_experts_travel_in_the_compute_dtype_and_their_gradients_in_float32():
-    layer = make_layer("bfloat16", exchange="all_to_all")
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, expert=2), jax.devices()[:8])
+def traced(layer, tokens, mesh):
+    """The gradients' program."""
     graph, params = nnx.split(layer)
 
     def loss(params, tokens):
         return jnp.sum(nnx.merge(graph, params)(tokens)[0].astype(jnp.float32))
 
-    tokens = jnp.zeros((8, 6, D), jnp.bfloat16)
     with jax.set_mesh(mesh):
-        program = jax.jit(jax.grad(loss)).trace(params, tokens).jaxpr
+        return jax.jit(jax.grad(loss)).trace(params, tokens).jaxpr
+
+
+def test_experts_travel_in_the_compute_dtype_and_their_gradients_in_float32():
+    layer = make_layer("bfloat16", exchange="all_to_all")
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, expert=2), jax.devices()[:8])
+    program = traced(layer, jnp.zeros((8, 6, D), jnp.bfloat16), mesh)
     held = E // 2
     found = collections.Counter(
         (each.kind, each.shape, each.given // math.prod(each.shape))
@@ -218,6 +222,16 @@ def test_experts_travel_in_the_compute_dtype_and_their_gradients_in_float32():
         ("psum_invariant", up, 4): 1,
         ("psum_invariant", down, 4): 1,
     }
+
+
+@pytest.mark.parametrize("name", [*TRANSPORTS, "all_gather"])
+@pytest.mark.parametrize("sizes", [{"expert": 4}, {"fsdp": 4}, {"expert": 2, "tensor": 2}])
+def test_no_device_reduces_with_itself(name, sizes):
+    """XLA on CPU would carry it out: a copy of every gradient."""
+    mesh = make_mesh(MeshConfig(**{"data": 1} | sizes), jax.devices()[:4])
+    program = traced(make_layer(exchange=name, bias=True), TOKENS, mesh)
+    for axis, size in mesh.shape.items():
+        assert bool(collectives(program, axis, "cpu")) == (size > 1), axis
 
 
 def forward(layer, context):
