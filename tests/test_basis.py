@@ -240,6 +240,18 @@ def covariance(seed=0, size=5):
     return factor @ factor.T
 
 
+@pytest.mark.parametrize("least", [0.5, 0.15, 1e-3])
+def test_the_polar_factor_of_a_product_is_its_orthogonal_part(least):
+    """By products where no singular value is small, else by SVD, of every layer of a stack."""
+    orthogonal = bases.qr(draw((2, 4, 4)))
+    turn = bases.qr(draw((2, 4, 4), 1))
+    values = jnp.array([[1.0, 0.9, 0.7, least], [1.0, 0.95, 0.9, 0.8]])
+    symmetric = jnp.einsum("lij,lj,lkj->lik", turn, values, turn)
+    found = bases.polar(jnp.einsum("lij,ljk->lik", orthogonal, symmetric))
+    chex.assert_trees_all_close(found, orthogonal, atol=1e-3)
+    assert float(jnp.max(bases.orthonormality_error(found))) < bases.POLAR_ERROR
+
+
 def test_following_finds_the_principal_subspace():
     # Variances 4 and 1 along the first two axes, 1/9 along the third: the gap is 1/9 a step.
     sigma = jnp.diag(jnp.array([4.0, 1.0, 1 / 9]))
