@@ -18,6 +18,7 @@ from jax import lax
 
 from emoe_jax import basis as bases
 from emoe_jax.config import MoEConfig
+from emoe_jax.remat import multiplied
 from emoe_jax.routers.base import (
     Context,
     Router,
@@ -36,6 +37,7 @@ from emoe_jax.routers.offset import (
     reach,
     usable,
 )
+from emoe_jax.sharding import varying_alike
 
 Array = jax.Array
 
@@ -63,7 +65,8 @@ class WhitenedRouter(Router):
         log_temperature: log τ [].
         basis: Q [D,R]; a parameter where it is learned, running state otherwise.
         mean: μ [D], running state, as all that follow.
-        image: V [D,R], covariance of h and z, near ΣQ; only where the basis is tracked.
+        image: V [D,R], covariance of h and z, near ΣQ; only where the basis is tracked. It stays as
+            it is where R = D: the basis spans the whole space, and has nowhere to move.
         covariance: C [R,R], of z.
         whitener: C^-α, scaled, [R,R].
         spectrum: eigenvalues of C [R], ascending.
@@ -113,11 +116,12 @@ class WhitenedRouter(Router):
         h = tokens.astype(jnp.float32)
         good = usable(h, context.mask.reshape(-1))
         centred = jnp.where(good[:, None], h - self.mean[...][None, :], 0.0)
-        z = linear(centred, basis)
-        E = directions.shape[0] if self.is_frame else directions.shape[1]
-        none = jnp.zeros((E,), jnp.float32)
+        weights = linear(self.whitener[...], self._frame(directions))
+        through = _through_learned if self.subspace == "learned" else _through_given
+        scores, z = through(centred, basis, weights)
+        none = jnp.zeros((weights.shape[1],), jnp.float32)
         return choose_by_offset(
-            linear(z, linear(self.whitener[...], self._frame(directions))),
+            scores,
             self.offset[...] if self.has_offset else none,
             self.log_temperature[...],
             context,
@@ -126,8 +130,12 @@ class WhitenedRouter(Router):
             renormalize=self.renormalize,
             metrics=self._metrics(basis),
             good=good,
-            stats=_moments(centred, z, self._far(), self.subspace == "tracked"),
+            stats=_moments(centred, z, self._far(), moving=self._moves(basis)),
         )
+
+    def _moves(self, basis: Array) -> bool:
+        """Whether the basis follows the tokens."""
+        return self.subspace == "tracked" and basis.shape[1] < basis.shape[0]
 
     def _far(self) -> Array:
         """The length of z [] that statistics take a token to have at most, see `offset.FAR`."""
@@ -166,17 +174,16 @@ class WhitenedRouter(Router):
             "spectrum": spectrum,
             "updates": state["updates"] + 1.0,
         }
-        if "image" in state:
+        if "image_sum" in batch:
             image = covariance_target(batch["image_sum"], shift, turned, rho)
             new["image"] = _towards(state["image"], image, rho)
             new["basis"] = bases.follow(new["image"], state["basis"])
-        elif "basis" in state:
-            new["basis"] = state["basis"]
         if "offset" in state:
             new["offset"] = move_offset(
                 state["offset"], stats["counted_load"], rate.offset, config.top_k
             )
-        return accept(new, state, stats["counted"])
+        # A basis that does not move stays as it is.
+        return state | accept(new, state, stats["counted"])
 
 
 def _options(config: MoEConfig) -> dict[str, Any]:
@@ -190,6 +197,41 @@ def _options(config: MoEConfig) -> dict[str, Any]:
         subspace="tracked",
         whitening=WHITENING,
     )
+
+
+def _through_learned(tokens: Array, basis: Array, weights: Array) -> tuple[Array, Array]:
+    """Scores [T,E] of tokens [T,D] on a basis [D,R] with weights [R,E]; and projections [T,R]."""
+    z = multiplied(linear(tokens, basis))
+    return multiplied(linear(z, weights)), z
+
+
+def _through_given(tokens: Array, basis: Array, weights: Array) -> tuple[Array, Array]:
+    """The same of a basis that is no parameter; projections, for statistics, pass no gradient.
+
+    The tokens' gradient is g(QW)ᵀ, with g that of the scores: the same as (gWᵀ)Qᵀ, which the chain
+    rule has, and of E products a number in place of R. With E >= R it is no cheaper.
+    """
+    if weights.shape[1] >= weights.shape[0]:
+        return _through_learned(tokens, basis, weights)
+    return _through_fewer(*varying_alike(tokens, basis, weights))
+
+
+_through_fewer = jax.custom_vjp(_through_learned)
+
+
+def _through_fewer_forward(tokens: Array, basis: Array, weights: Array) -> tuple[Any, Any]:
+    scores, z = _through_learned(tokens, basis, weights)
+    return (scores, z), (z, basis, weights)
+
+
+def _through_fewer_backward(kept: Any, cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
+    z, basis, weights = kept
+    of_scores, _ = cotangents
+    of_tokens = linear(of_scores, linear(basis, weights).T)
+    return of_tokens, None, linear(z.T, of_scores)
+
+
+_through_fewer.defvjp(_through_fewer_forward, _through_fewer_backward)
 
 
 def _means(stats: dict[str, Array], names: tuple[str, ...]) -> dict[str, Array]:
@@ -223,8 +265,8 @@ def _towards(running: Array, value: Array, rate: Array) -> Array:
     return running + rate[..., None, None] * (value - running)
 
 
-def _moments(centred: Array, z: Array, far: Array, tracked: bool) -> dict[str, Array]:
-    """Sums over counted tokens: D + R + R² + 2 numbers, and D·R for a tracked basis.
+def _moments(centred: Array, z: Array, far: Array, *, moving: bool) -> dict[str, Array]:
+    """Sums over counted tokens: D + R + R² + 2 numbers, and D·R for a basis that moves.
 
     A token whose z is longer than `far` counts as the one on its way to the mean that is as long.
 
@@ -232,7 +274,7 @@ def _moments(centred: Array, z: Array, far: Array, tracked: bool) -> dict[str, A
         centred: h - μ [T,D], zero for tokens that do not count.
         z: Qᵀ(h - μ) [T,R].
         far: [], infinite where there is no limit.
-        tracked: whether the basis is.
+        moving: whether the basis follows them.
     """
     h, z = lax.stop_gradient((centred, z))
     length = jnp.sqrt(jnp.sum(jnp.square(z), axis=-1, keepdims=True))
@@ -241,7 +283,7 @@ def _moments(centred: Array, z: Array, far: Array, tracked: bool) -> dict[str, A
     products = {
         "z_gram": jnp.einsum("tr,ts->rs", z, weighed, precision=lax.Precision.HIGHEST),
     }
-    if tracked:
+    if moving:
         products["image_sum"] = jnp.einsum("td,tr->dr", h, weighed, precision=lax.Precision.HIGHEST)
     return products | {
         "token_sum": jnp.sum(h * share, axis=0),

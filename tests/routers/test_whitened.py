@@ -269,17 +269,52 @@ def test_gradients_reach_tokens_directions_and_temperature_and_no_statistics():
     assert not np.any(np.asarray(jax.grad(counted)(draw((6, D)))))
 
 
-def test_a_learned_basis_is_a_parameter_and_a_fixed_one_never_moves():
+@pytest.mark.parametrize("subspace", ["fixed", "learned"])
+@pytest.mark.parametrize("rank", [D, E, E - 1])
+def test_gradients_are_those_of_the_chain_rule(subspace, rank):
+    """Of fewer experts than directions too, where the router multiplies in another order."""
+    router = make_router(config(subspace=subspace, rank=rank), D, rngs=nnx.Rngs(0))
+    graph, params, state = pure.split(router)
+    state = state | {
+        "mean": draw((D,)),
+        "whitener": draw((rank, rank), 1),
+        "offset": draw((E,), 2),
+    }
+    tokens, context = draw((6, D), 3), Context(jnp.ones((1, 6), bool))
+
+    def plain(params, tokens):
+        directions = params["directions"]
+        if rank < E:  # a frame
+            directions = directions.T * jnp.float32((E / rank) ** 0.5)
+        z = (tokens - state["mean"][None, :]) @ (params | state)["basis"]
+        scores = z @ state["whitener"] @ directions + state["offset"][None, :]
+        return jax.nn.softmax(scores / jnp.exp(params["log_temperature"]))
+
+    probs, pull = jax.vjp(plain, params, tokens)
+    routed, pull_routed = jax.vjp(
+        lambda params, tokens: graph.bind(params, state)(tokens, context).probs, params, tokens
+    )
+    chex.assert_trees_all_close(routed, probs, rtol=1e-5)
+    cotangent = draw((6, E), 4)
+    chex.assert_trees_all_close(pull_routed(cotangent), pull(cotangent), rtol=1e-4, atol=1e-5)
+
+
+def test_a_learned_basis_is_a_parameter():
     learned = make_router(config(subspace="learned"), D, rngs=nnx.Rngs(0))
-    fixed = make_router(config(subspace="fixed"), D, rngs=nnx.Rngs(0))
     assert set(pure.split(learned)[1]) == {"basis", "directions", "log_temperature"}
     assert not {"basis", "image"} & set(state_of(learned))
-    context = Context(jnp.ones((1, 50), bool))
-    stats = fixed(draw((50, D)), context).stats
+
+
+@pytest.mark.parametrize(
+    "some", [config(subspace="fixed", rank=3), config(rank=D)], ids=["fixed", "whole"]
+)
+def test_a_basis_that_is_fixed_or_of_the_whole_space_never_moves(some):
+    router = make_router(some, D, rngs=nnx.Rngs(0))
+    stats = router(draw((50, D)), Context(jnp.ones((1, 50), bool))).stats
     assert "image_sum" not in stats
-    new = WhitenedRouter.update(config(subspace="fixed"), state_of(fixed), stats, START)
-    chex.assert_trees_all_equal(new["basis"], fixed.basis[...])
-    assert set(new) == set(state_of(fixed))
+    new = WhitenedRouter.update(some, state_of(router), stats, START)
+    chex.assert_trees_all_equal(new["basis"], router.basis[...])
+    assert set(new) == set(state_of(router))
 
 
 def test_a_training_pass_of_its_own_prepares_the_directions():

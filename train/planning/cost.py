@@ -227,9 +227,14 @@ def _router_products(config: ExperimentConfig, t: int) -> float:
         return 2.0 * t * D * E * (2 + forward)
     R = moe.basis.rank_of(D)
     subspace = "learned" if moe.router == "eigen" else moe.routing.subspace or "tracked"
-    # Projection and scores; of a basis that is no parameter no gradient is taken.
-    backward = R * (D * (1 + (subspace == "learned")) + 2 * E)
-    moments = 0 if moe.router == "eigen" else R * (R + D * (subspace == "tracked"))
+    # Gradients of scores and projection, a parameter's too; of another basis that of the tokens
+    # alone, through the product of basis and scores where it is the narrower.
+    if subspace != "learned" and E < R:
+        backward = E * (D + R)
+    else:
+        backward = R * (D * (1 + (subspace == "learned")) + 2 * E)
+    moves = subspace == "tracked" and R < D
+    moments = 0 if moe.router == "eigen" else R * (R + D * moves)
     return 2.0 * t * (R * (D + E) * forward + backward + moments)
 
 

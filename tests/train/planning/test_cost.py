@@ -72,8 +72,12 @@ def test_the_formula_counts_what_the_traced_program_does(remat, chunks):
         {"router": "whitened", "basis": {"rank": 16}},
         {"router": "whitened", "basis": {"rank": 16}, "routing": {"subspace": "learned"}},
         {"router": "whitened", "basis": {"rank": 16}, "routing": {"subspace": "fixed"}},
+        {"router": "whitened", "basis": {"rank": 4}},
+        {"router": "whitened", "basis": {"rank": D}},
     ],
-    ids=lambda moe: "-".join([moe["router"], *moe.get("routing", {}).values()]),
+    ids=lambda moe: "-".join(
+        [moe["router"], str(moe["basis"]["rank"]), *moe.get("routing", {}).values()]
+    ),
 )
 def test_the_formula_counts_a_token_of_an_eigenbasis_router(moe, remat):
     """Of two batches the difference: what a step does once is the same in both."""
