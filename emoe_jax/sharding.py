@@ -23,7 +23,7 @@ AXES = ("data", "fsdp", "expert", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")
 """Mesh axes over which sequences and images are split."""
 
-RULES: dict[str, str | None] = {
+RULES: dict[str, str] = {
     "embed": "fsdp",
     "expert": "expert",
     "heads": "tensor",
@@ -142,7 +142,7 @@ def on_rows(function: Callable[[jax.Array], Any], x: jax.Array) -> Any:
     mesh = ambient_mesh()
     if mesh is None or x.shape[0] % batch_shards(mesh):
         return function(x)
-    rows = PartitionSpec(BATCH_AXES)
+    rows = PartitionSpec(splitting(mesh, BATCH_AXES))
     return jax.shard_map(function, mesh=mesh, in_specs=rows, out_specs=rows)(x)
 
 
@@ -185,8 +185,8 @@ def varying_alike(*arrays: jax.Array) -> list[jax.Array]:
 def splitting(mesh: Mesh | AbstractMesh, axes: Iterable[str | None]) -> tuple[str, ...]:
     """The mesh axes of those named that have more than one device.
 
-    Inside shard_map no others should be named: XLA on CPU carries out what one device would do with
-    itself, a sum over an axis of one device as a copy (docs/performance.md).
+    Inside shard_map no others are named: XLA on CPU carries out what one device would do with
+    itself, and copies gradients for a sum over one (docs/performance.md).
     """
     return tuple(axis for axis in axes if axis and mesh.shape[axis] > 1)
 
@@ -194,10 +194,10 @@ def splitting(mesh: Mesh | AbstractMesh, axes: Iterable[str | None]) -> tuple[st
 def reduce_over(
     reduce: Callable[[jax.Array, tuple[str, ...]], jax.Array],
     x: jax.Array,
-    axes: Iterable[str | None],
+    axes: Iterable[str],
 ) -> jax.Array:
     """A reduction over those mesh axes that have more than one device, inside shard_map."""
-    several = tuple(axis for axis in axes if axis and jax.lax.axis_size(axis) > 1)
+    several = tuple(axis for axis in axes if jax.lax.axis_size(axis) > 1)
     return reduce(x, several) if several else x
 
 

@@ -240,16 +240,42 @@ def covariance(seed=0, size=5):
     return factor @ factor.T
 
 
-@pytest.mark.parametrize("least", [0.5, 0.15, 1e-3])
-def test_the_polar_factor_of_a_product_is_its_orthogonal_part(least):
-    """By products where no singular value is small, else by SVD, of every layer of a stack."""
-    orthogonal = bases.qr(draw((2, 4, 4)))
-    turn = bases.qr(draw((2, 4, 4), 1))
-    values = jnp.array([[1.0, 0.9, 0.7, least], [1.0, 0.95, 0.9, 0.8]])
+def with_singular_values(values):
+    """An orthogonal matrix times a symmetric one of these eigenvalues, [L,R,R]; and the first."""
+    values = jnp.asarray(values, jnp.float32)
+    shape = (*values.shape, values.shape[1])
+    orthogonal, turn = bases.qr(draw(shape)), bases.qr(draw(shape, 1))
     symmetric = jnp.einsum("lij,lj,lkj->lik", turn, values, turn)
-    found = bases.polar(jnp.einsum("lij,ljk->lik", orthogonal, symmetric))
-    chex.assert_trees_all_close(found, orthogonal, atol=1e-3)
+    return jnp.einsum("lij,ljk->lik", orthogonal, symmetric), orthogonal
+
+
+@pytest.mark.parametrize(
+    ("least", "by_svd"), [(0.5, False), (0.15, False), (1e-3, True), (0, True)]
+)
+def test_the_polar_factor_is_the_orthogonal_part(least, by_svd, monkeypatch):
+    """By products where no singular value of any layer of a stack is small, else by SVD."""
+    matrix, orthogonal = with_singular_values([[1.0, 0.9, 0.7, least], [1.0, 0.95, 0.9, 0.8]])
+    found = bases.polar(matrix)
+    if least:
+        chex.assert_trees_all_close(found, orthogonal, atol=1e-3)
     assert float(jnp.max(bases.orthonormality_error(found))) < bases.POLAR_ERROR
+    monkeypatch.setattr(bases, "_polar_by_svd", lambda matrix: jnp.full_like(matrix, jnp.nan))
+    assert bool(jnp.any(jnp.isnan(bases.polar(matrix)))) is by_svd
+
+
+def test_one_small_singular_value_of_many_directions_is_seen():
+    # Along a vector of equal entries: a gap of 0.1 of it is 1e-3 in each entry of a matrix of 128.
+    flat = jnp.full((128,), 128**-0.5)
+    matrix = jnp.eye(128) - (1 - 0.06) * flat[:, None] * flat[None, :]
+    found = bases.polar(matrix)
+    gap = found.T @ found - jnp.eye(128)
+    assert float(jnp.linalg.norm(gap)) < bases.POLAR_ERROR
+
+
+def test_a_layer_that_is_not_finite_leaves_the_others():
+    matrix, orthogonal = with_singular_values([[1.0, 0.9], [0.8, 0.7]])
+    found = bases.polar(matrix.at[0, 0, 0].set(jnp.nan))
+    chex.assert_trees_all_close(found[1], orthogonal[1], atol=1e-5)
 
 
 def test_following_finds_the_principal_subspace():

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import importlib.metadata
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -48,7 +49,8 @@ def peers(shapes: list[Shape], names: list[str], rounds: Rounds) -> list[Row]:
     Returns:
         One row for each shape and layer: milliseconds (median, least, most) and ratios to ours,
         forward alone (`forward_`) and with the gradients of tokens and weights (`step_`); `apart`,
-        the largest difference of outputs and token gradients, each relative to the largest of ours.
+        the largest difference of outputs and token gradients, each relative to the largest of ours;
+        `of`, the packages whose layer it is, with their versions.
 
     Raises:
         ValueError: an unknown name, a package that is missing, or K above E.
@@ -81,8 +83,14 @@ def _rows(shape: Shape, names: list[str], rounds: Rounds) -> list[Row]:
         row: Row = {"layer": name, "E": shape.E, "dtype": shape.dtype, "rounds": turns[name]}
         for part in ("forward", "step"):
             row |= against(part, times[name, part], times[OURS, part])
-        rows.append(row | {"apart": _apart(results[name], results[OURS])})
+        packages = PEERS[name].packages if name in PEERS else ()
+        rows.append(row | {"apart": _apart(results[name], results[OURS]), "of": _of(packages)})
     return rows
+
+
+def _of(packages: tuple[str, ...]) -> str:
+    """Packages with their versions."""
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
 
 
 def _operands(shape: Shape) -> tuple[Weights, np.ndarray]:

@@ -34,8 +34,8 @@ AXIS = "expert"
 def vary(leaf: Array, over: Collection[str] = ()) -> Array:
     """Marks an array that differs over the mesh axes `over` as different on every device.
 
-    So all that is computed with it has one type; the transpose sums the gradients. Not over axes of
-    one device, see `sharding.splitting`: nothing else is to be marked so either.
+    So all that is computed with it has one type; the transpose sums the gradients. Axes of one
+    device are left out, here as in all of the exchange (`sharding.splitting`).
     """
     same = tuple(axis for axis in AXES if axis not in over and lax.axis_size(axis) > 1)
     return lax.pcast(leaf, same, to="varying") if same else leaf

@@ -18,7 +18,6 @@ from jax import lax
 
 from emoe_jax import basis as bases
 from emoe_jax.config import MoEConfig
-from emoe_jax.remat import multiplied
 from emoe_jax.routers.base import (
     Context,
     Router,
@@ -65,8 +64,9 @@ class WhitenedRouter(Router):
         log_temperature: log τ [].
         basis: Q [D,R]; a parameter where it is learned, running state otherwise.
         mean: μ [D], running state, as all that follow.
-        image: V [D,R], covariance of h and z, near ΣQ; only where the basis is tracked. It stays as
-            it is where R = D: the basis spans the whole space, and has nowhere to move.
+        image: V [D,R], covariance of h and z, near ΣQ; only where the basis is tracked. Where
+            R = D the basis spans the whole space, has nowhere to move, and this stays as it is: it
+            is there for checkpoints that have it.
         covariance: C [R,R], of z.
         whitener: C^-α, scaled, [R,R].
         spectrum: eigenvalues of C [R], ascending.
@@ -117,8 +117,9 @@ class WhitenedRouter(Router):
         good = usable(h, context.mask.reshape(-1))
         centred = jnp.where(good[:, None], h - self.mean[...][None, :], 0.0)
         weights = linear(self.whitener[...], self._frame(directions))
-        through = _through_learned if self.subspace == "learned" else _through_given
-        scores, z = through(centred, basis, weights)
+        learned = self.subspace == "learned"
+        score = _project_and_score if learned else _on_given_basis
+        z, scores = score(centred, basis, weights)
         none = jnp.zeros((weights.shape[1],), jnp.float32)
         return choose_by_offset(
             scores,
@@ -199,39 +200,52 @@ def _options(config: MoEConfig) -> dict[str, Any]:
     )
 
 
-def _through_learned(tokens: Array, basis: Array, weights: Array) -> tuple[Array, Array]:
-    """Scores [T,E] of tokens [T,D] on a basis [D,R] with weights [R,E]; and projections [T,R]."""
-    z = multiplied(linear(tokens, basis))
-    return multiplied(linear(z, weights)), z
+def _project_and_score(tokens: Array, basis: Array, weights: Array) -> tuple[Array, Array]:
+    """Projections [T,R] of tokens [T,D] on a basis [D,R], and scores [T,E] by weights [R,E]."""
+    z = linear(tokens, basis)
+    return z, linear(z, weights)
 
 
-def _through_given(tokens: Array, basis: Array, weights: Array) -> tuple[Array, Array]:
-    """The same of a basis that is no parameter; projections, for statistics, pass no gradient.
+def _on_given_basis(tokens: Array, basis: Array, weights: Array) -> tuple[Array, Array]:
+    """The same on a basis that is no parameter, with projections for statistics alone.
 
-    The tokens' gradient is g(QW)ᵀ, with g that of the scores: the same as (gWᵀ)Qᵀ, which the chain
-    rule has, and of E products a number in place of R. With E >= R it is no cheaper.
+    Neither passes a gradient. With g that of the scores, that of the tokens is g(QW)ᵀ or, as the
+    chain rule has it, (gWᵀ)Qᵀ: the same, of which the one is taken that has fewer products a token.
+    Differentiable in reverse mode.
     """
-    if weights.shape[1] >= weights.shape[0]:
-        return _through_learned(tokens, basis, weights)
-    return _through_fewer(*varying_alike(tokens, basis, weights))
+    basis = lax.stop_gradient(basis)
+    (D, R), E = basis.shape, weights.shape[1]
+    if merged_is_cheaper(D, R, E):
+        z, scores = _by_merged_map(*varying_alike(tokens, basis, weights))
+    else:
+        z, scores = _project_and_score(tokens, basis, weights)
+    return lax.stop_gradient(z), scores
 
 
-_through_fewer = jax.custom_vjp(_through_learned)
+def merged_is_cheaper(D: int, R: int, E: int) -> bool:
+    """Whether g(QW)ᵀ, of E·D products a token, takes fewer than (gWᵀ)Qᵀ, of R·(E + D).
+
+    QW itself takes D·R·E, once for all tokens.
+    """
+    return E * D < R * (E + D)
 
 
-def _through_fewer_forward(tokens: Array, basis: Array, weights: Array) -> tuple[Any, Any]:
-    scores, z = _through_learned(tokens, basis, weights)
-    return (scores, z), (z, basis, weights)
+_by_merged_map = jax.custom_vjp(_project_and_score)
 
 
-def _through_fewer_backward(kept: Any, cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
+def _merged_forward(tokens: Array, basis: Array, weights: Array) -> tuple[Any, Any]:
+    z, scores = _project_and_score(tokens, basis, weights)
+    return (z, scores), (z, basis, weights)
+
+
+def _merged_backward(kept: Any, cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
     z, basis, weights = kept
-    of_scores, _ = cotangents
+    _, of_scores = cotangents
     of_tokens = linear(of_scores, linear(basis, weights).T)
     return of_tokens, None, linear(z.T, of_scores)
 
 
-_through_fewer.defvjp(_through_fewer_forward, _through_fewer_backward)
+_by_merged_map.defvjp(_merged_forward, _merged_backward)
 
 
 def _means(stats: dict[str, Array], names: tuple[str, ...]) -> dict[str, Array]:

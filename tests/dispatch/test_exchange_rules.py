@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import PartitionSpec
 
 from emoe_jax import MoE, MoEConfig
@@ -224,14 +225,46 @@ def test_experts_travel_in_the_compute_dtype_and_their_gradients_in_float32():
     }
 
 
-@pytest.mark.parametrize("name", [*TRANSPORTS, "all_gather"])
-@pytest.mark.parametrize("sizes", [{"expert": 4}, {"fsdp": 4}, {"expert": 2, "tensor": 2}])
-def test_no_device_reduces_with_itself(name, sizes):
-    """XLA on CPU would carry it out: a copy of every gradient."""
+def named_axes(program):
+    """Mesh axes that a program names: in collectives, in marks and where a `shard_map` cuts."""
+    for eqn in program.eqns:
+        if eqn.primitive.name == "shard_map":
+            for place in (*eqn.params["in_specs"], *eqn.params["out_specs"]):
+                yield from (axis for part in place if part for axis in np.ravel(part))
+        for key in ("axes", "axis_name"):
+            yield from (axis for axis in np.ravel(eqn.params.get(key, ())) if isinstance(axis, str))
+        for inner in jaxprs_in_params(eqn.params):
+            yield from named_axes(inner)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "values"),
+    [
+        ({"data": 4}, {}),
+        ({"fsdp": 4}, {}),
+        ({"tensor": 4}, {}),
+        ({"expert": 2, "tensor": 2}, {}),
+        ({"expert": 4}, {"exchange_chunks": 2}),
+        ({"expert": 4}, {"on_overflow": "drop"}),
+        ({"expert": 4}, {"exchange": "ragged_all_to_all"}),
+        ({"expert": 4}, {"exchange": "all_gather"}),
+    ],
+    ids=str,
+)
+def test_an_exchange_names_no_axis_of_one_device(sizes, values):
+    """XLA on CPU would carry out a sum over one device: a copy of every gradient."""
     mesh = make_mesh(MeshConfig(**{"data": 1} | sizes), jax.devices()[:4])
-    program = traced(make_layer(exchange=name, bias=True), TOKENS, mesh)
-    for axis, size in mesh.shape.items():
-        assert bool(collectives(program, axis, "cpu")) == (size > 1), axis
+    program = traced(make_layer(bias=True, **values), TOKENS, mesh).jaxpr
+    assert set(named_axes(program)) == set(sizes)
+
+
+@pytest.mark.parametrize("axis", ["data", "fsdp", "tensor"])
+def test_a_mesh_without_an_exchange_equals_one_device(axis):
+    layer = make_layer(bias=True)
+    mesh = make_mesh(MeshConfig(**{"data": 1, axis: 2}), jax.devices()[:2])
+    (_, (out, _)), gradients = step(layer, mesh)(TOKENS)
+    (_, (expected, _)), others = step(layer)(TOKENS)
+    assert_close((out, gradients), (expected, others))
 
 
 def forward(layer, context):

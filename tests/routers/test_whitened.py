@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType, PartitionSpec
 
 from emoe_jax import basis as bases
 from emoe_jax import pure
@@ -269,10 +270,8 @@ def test_gradients_reach_tokens_directions_and_temperature_and_no_statistics():
     assert not np.any(np.asarray(jax.grad(counted)(draw((6, D)))))
 
 
-@pytest.mark.parametrize("subspace", ["fixed", "learned"])
-@pytest.mark.parametrize("rank", [D, E, E - 1])
-def test_gradients_are_those_of_the_chain_rule(subspace, rank):
-    """Of fewer experts than directions too, where the router multiplies in another order."""
+def routed(subspace, rank):
+    """A router with some state: pure function, parameters, and the same by the chain rule alone."""
     router = make_router(config(subspace=subspace, rank=rank), D, rngs=nnx.Rngs(0))
     graph, params, state = pure.split(router)
     state = state | {
@@ -280,23 +279,62 @@ def test_gradients_are_those_of_the_chain_rule(subspace, rank):
         "whitener": draw((rank, rank), 1),
         "offset": draw((E,), 2),
     }
-    tokens, context = draw((6, D), 3), Context(jnp.ones((1, 6), bool))
 
-    def plain(params, tokens):
+    def probs(params, tokens, mask):
+        return graph.bind(params, state)(tokens, Context(mask[None])).probs
+
+    def plain(params, tokens, mask):
         directions = params["directions"]
         if rank < E:  # a frame
             directions = directions.T * jnp.float32((E / rank) ** 0.5)
-        z = (tokens - state["mean"][None, :]) @ (params | state)["basis"]
-        scores = z @ state["whitener"] @ directions + state["offset"][None, :]
+        good = mask & jnp.all(jnp.isfinite(tokens), axis=-1)
+        centred = jnp.where(good[:, None], tokens - state["mean"][None, :], 0.0)
+        scores = centred @ (params | state)["basis"] @ state["whitener"] @ directions
+        scores = scores + state["offset"][None, :]
         return jax.nn.softmax(scores / jnp.exp(params["log_temperature"]))
 
-    probs, pull = jax.vjp(plain, params, tokens)
-    routed, pull_routed = jax.vjp(
-        lambda params, tokens: graph.bind(params, state)(tokens, context).probs, params, tokens
-    )
-    chex.assert_trees_all_close(routed, probs, rtol=1e-5)
+    return probs, plain, params
+
+
+RANKS = [D, D - 2, E, E - 1]
+
+
+@pytest.mark.parametrize("subspace", ["fixed", "learned"])
+@pytest.mark.parametrize("rank", RANKS)
+def test_gradients_are_those_of_the_chain_rule(subspace, rank):
+    """In whatever order the router multiplies, with padding and a token that is not finite."""
+    probs, plain, params = routed(subspace, rank)
+    tokens = draw((6, D), 3).at[1, 2].set(jnp.inf)
+    mask = jnp.array([True, True, True, False, True, True])
+    expected, pull = jax.vjp(lambda *args: plain(*args, mask), params, tokens)
+    found, pull_found = jax.vjp(lambda *args: probs(*args, mask), params, tokens)
+    chex.assert_trees_all_close(found, expected, rtol=1e-5)
     cotangent = draw((6, E), 4)
-    chex.assert_trees_all_close(pull_routed(cotangent), pull(cotangent), rtol=1e-4, atol=1e-5)
+    gradients = pull_found(cotangent)
+    chex.assert_trees_all_close(gradients, pull(cotangent), rtol=1e-4, atol=1e-5)
+    assert not np.any(np.asarray(gradients[1])[[1, 3]])
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_inside_somebodys_shard_map_gradients_are_those_of_all_tokens(rank):
+    probs, plain, params = routed("fixed", rank)
+    tokens, mask = draw((8, D), 3), jnp.ones(8, bool)
+    types = (AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 2), ("rows", "more"), axis_types=types, devices=jax.devices()[:4])
+
+    def loss(function, params, tokens, mask):
+        return jnp.sum(jnp.sin(3 * function(params, tokens, mask)))
+
+    rows, whole = PartitionSpec(("rows", "more")), PartitionSpec()
+    spread = jax.shard_map(
+        lambda *args: jax.lax.psum(loss(probs, *args), ("rows", "more")),
+        mesh=mesh,
+        in_specs=(whole, rows, rows),
+        out_specs=whole,
+    )
+    found = jax.jit(jax.value_and_grad(spread, (0, 1)))(params, tokens, mask)
+    expected = jax.value_and_grad(functools.partial(loss, plain), (0, 1))(params, tokens, mask)
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_learned_basis_is_a_parameter():
@@ -312,9 +350,13 @@ def test_a_basis_that_is_fixed_or_of_the_whole_space_never_moves(some):
     router = make_router(some, D, rngs=nnx.Rngs(0))
     stats = router(draw((50, D)), Context(jnp.ones((1, 50), bool))).stats
     assert "image_sum" not in stats
-    new = WhitenedRouter.update(some, state_of(router), stats, START)
-    chex.assert_trees_all_equal(new["basis"], router.basis[...])
-    assert set(new) == set(state_of(router))
+    state = state_of(router)
+    # Of a checkpoint it may be anything.
+    state |= {"image": draw((D, D))} if "image" in state else {}
+    new = WhitenedRouter.update(some, state, stats, START)
+    assert set(new) == set(state)
+    for name in {"basis", "image"} & set(state):
+        chex.assert_trees_all_equal(new[name], state[name])
 
 
 def test_a_training_pass_of_its_own_prepares_the_directions():

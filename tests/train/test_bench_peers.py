@@ -1,5 +1,6 @@
 """The benchmark against others' layers: the same weights give the same results, and refusals."""
 
+import numpy as np
 import pytest
 
 from train import bench, bench_peers
@@ -22,10 +23,12 @@ def test_other_weights_are_far_apart(monkeypatch):
         doubled = weights | {"w_down": 2 * weights["w_down"]}
         return bench_peers.PEERS["ragged_dot"].build(shape, doubled, tokens)
 
-    monkeypatch.setitem(bench_peers.PEERS, "other", bench_peers.Peer(build))
-    _, other = bench_peers.peers([SHAPE], ["other"], Rounds(1, 1))
+    monkeypatch.setitem(bench_peers.PEERS, "other", bench_peers.Peer(build, ("numpy",)))
+    ours, other = bench_peers.peers([SHAPE], ["other"], Rounds(1, 1))
     # Outputs are doubled; the gradient of a sum of squares is that of four times the loss.
     assert other["apart"] == pytest.approx(3.0, rel=1e-4)
+    assert ours["of"] == ""
+    assert other["of"] == f"numpy {np.__version__}"
 
 
 def test_what_is_dense_on_cpu_can_be_left_out():

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from emoe_jax.config import BASIS_ROUTERS, LMConfig, moe_layers
 from emoe_jax.dispatch.exchange import choose_exchange
+from emoe_jax.routers.whitened import merged_is_cheaper
 from train.config import ExperimentConfig
 from train.planning.memory import Sizes, Weights, loss_positions, sizes_of
 from train.planning.topology import Topology, abstract_shape
@@ -228,8 +229,8 @@ def _router_products(config: ExperimentConfig, t: int) -> float:
     R = moe.basis.rank_of(D)
     subspace = "learned" if moe.router == "eigen" else moe.routing.subspace or "tracked"
     # Gradients of scores and projection, a parameter's too; of another basis that of the tokens
-    # alone, through the product of basis and scores where it is the narrower.
-    if subspace != "learned" and E < R:
+    # alone, in the order that takes fewer products.
+    if subspace != "learned" and merged_is_cheaper(D, R, E):
         backward = E * (D + R)
     else:
         backward = R * (D * (1 + (subspace == "learned")) + 2 * E)

@@ -64,7 +64,7 @@ def test_the_formula_counts_what_the_traced_program_does(remat, chunks):
     assert received(found) == flow.received
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
 @pytest.mark.parametrize(
     "moe",
     [
