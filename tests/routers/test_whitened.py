@@ -271,7 +271,7 @@ def test_gradients_reach_tokens_directions_and_temperature_and_no_statistics():
 
 
 def routed(subspace, rank):
-    """A router with some state: pure function, parameters, and the same by the chain rule alone."""
+    """Probabilities by a router with some state, the same by plain products, and its parameters."""
     router = make_router(config(subspace=subspace, rank=rank), D, rngs=nnx.Rngs(0))
     graph, params, state = pure.split(router)
     state = state | {
