@@ -36,6 +36,8 @@ def run(main: Callable[[list[str]], Any]) -> None:
         if not flags.FLAGS["verbosity"].present:
             absl_logging.set_verbosity(absl_logging.WARNING)
             absl_logging.get_absl_logger().addFilter(_is_news)
+        if not flags.FLAGS.trace:
+            sys.unraisablehook = _without_late_writes(sys.unraisablehook)
         try:
             if "coordinator" in flags.FLAGS:
                 cluster.join(os.environ)
@@ -92,6 +94,24 @@ def _is_news(record: logging.LogRecord) -> bool:
     return "Given directory is read only" not in record.getMessage()
 
 
+def _without_late_writes(
+    tell: Callable[[sys.UnraisableHookArgs], Any],
+) -> Callable[[sys.UnraisableHookArgs], None]:
+    """A `sys.unraisablehook` that keeps still about writes that end after a save has failed.
+
+    The first array that cannot be written ends the event loop of orbax's save. TensorStore's
+    threads, as each comes to the end of another array, find it closed and would print a trace for
+    each, dozens of them, in pieces, through the last words of the program.
+    """
+
+    def hook(given: sys.UnraisableHookArgs) -> None:
+        late = isinstance(given.exc_value, RuntimeError)
+        if not (late and str(given.exc_value) == "Event loop is closed"):
+            tell(given)
+
+    return hook
+
+
 def _log_to_stderr() -> None:
     """Shows what the programs log from level INFO on."""
     handler = logging.StreamHandler()
@@ -104,7 +124,8 @@ def _log_to_stderr() -> None:
 
 def refuse(message: str) -> NoReturn:
     """Prints an error and ends the program with code 2."""
-    print(f"error: {message}", file=sys.stderr)
+    # In one write: `print` makes two, and other threads may print between them.
+    sys.stderr.write(f"error: {message}\n")
     sys.exit(2)
 
 

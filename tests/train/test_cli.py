@@ -1,5 +1,6 @@
 """The programs as a user starts them: bad input ends with code 2 and words, not with a trace."""
 
+import asyncio
 import logging
 import pathlib
 import subprocess
@@ -8,6 +9,7 @@ import types
 from typing import NamedTuple
 
 import pytest
+import tensorstore
 
 from train import cli
 
@@ -178,3 +180,36 @@ def test_stacks_of_orbax_are_shown_where_traces_are_asked_for(trace, monkeypatch
     assert logged("orbax/checkpoint", "it failed") == (True, trace)
     assert logged("grain", "it failed") == (True, True)
     assert logged("orbax/checkpoint", "Given directory is read only=x")[0] is False
+
+
+def test_writes_that_end_after_a_failed_save_say_nothing(monkeypatch):
+    told: list[str] = []
+
+    def tell(given):
+        told.append(str(given.exc_value))
+
+    def end_after_the_loop():
+        promise, write = tensorstore.Promise.new()
+
+        async def wait():
+            await write
+
+        loop = asyncio.new_event_loop()
+        loop.set_exception_handler(lambda *_: None)  # of the task that never ends
+        task = loop.create_task(wait())
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
+        promise.set_result(None)
+        assert not task.done()
+
+    class Ends:
+        def __del__(self):
+            raise RuntimeError("another one")
+
+    monkeypatch.setattr(sys, "unraisablehook", tell)
+    end_after_the_loop()
+    assert told == ["Event loop is closed"]
+    monkeypatch.setattr(sys, "unraisablehook", cli._without_late_writes(tell))
+    end_after_the_loop()
+    Ends()
+    assert told == ["Event loop is closed", "another one"]
