@@ -35,7 +35,8 @@ def run(main: Callable[[list[str]], Any]) -> None:
         # absl has just set its own level to INFO, at which orbax tells of every file it writes.
         if not flags.FLAGS["verbosity"].present:
             absl_logging.set_verbosity(absl_logging.WARNING)
-            absl_logging.get_absl_logger().addFilter(_is_news)
+            for logger in (absl_logging.get_absl_logger(), logging.getLogger("asyncio")):
+                logger.addFilter(_is_news)
         if not flags.FLAGS.trace:
             sys.unraisablehook = _without_late_writes(sys.unraisablehook)
         try:
@@ -86,10 +87,12 @@ def _run_on_several(main: Callable[[list[str]], Any], argv: list[str]) -> None:
 def _is_news(record: logging.LogRecord) -> bool:
     """False for what orbax says whenever a run is only read, as it was asked to.
 
-    Of its errors the line stays, without the stack: threads log one when they get to it, perhaps
-    after the last words of the program, which is told the error and says what to do about it.
+    Of its errors, and of those of the event loops it writes in, the line stays, without the stack:
+    threads log one when they get to it, perhaps after the last words of the program, which is told
+    the error and says what to do about it.
     """
-    if "orbax" in pathlib.Path(record.pathname).parts and not flags.FLAGS.trace:
+    writes = {"orbax", "asyncio"} & set(pathlib.Path(record.pathname).parts)
+    if writes and not flags.FLAGS.trace:
         record.exc_info = None
     return "Given directory is read only" not in record.getMessage()
 

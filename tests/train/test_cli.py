@@ -164,7 +164,7 @@ def test_overrides_are_python_values_or_text():
 
 
 @pytest.mark.parametrize("trace", [False, True])
-def test_stacks_of_orbax_are_shown_where_traces_are_asked_for(trace, monkeypatch):
+def test_stacks_of_writers_are_shown_where_traces_are_asked_for(trace, monkeypatch):
     monkeypatch.setattr(
         cli, "flags", types.SimpleNamespace(FLAGS=types.SimpleNamespace(trace=trace))
     )
@@ -178,6 +178,7 @@ def test_stacks_of_orbax_are_shown_where_traces_are_asked_for(trace, monkeypatch
         return cli._is_news(record), record.exc_info is not None
 
     assert logged("orbax/checkpoint", "it failed") == (True, trace)
+    assert logged("asyncio", "Task exception was never retrieved") == (True, trace)
     assert logged("grain", "it failed") == (True, True)
     assert logged("orbax/checkpoint", "Given directory is read only=x")[0] is False
 
