@@ -8,6 +8,8 @@ the same program on its part of the devices.
 
 from __future__ import annotations
 
+import concurrent.futures
+import functools
 import importlib.util
 import json
 import os
@@ -260,9 +262,45 @@ def compile_together(
         lowered: the program.
         options: of the compiler.
     """
-    compiled = lowered.compile(compiler_options=options)
-    gather_texts("")
-    return compiled
+    with Compiler() as compiler:
+        return compiler.begin(lowered, options)()
+
+
+class Compiler:
+    """Compiles programs one after another while this thread goes on; a context manager.
+
+    A program that has not begun by its end is not compiled.
+    """
+
+    def __init__(self) -> None:
+        # One thread: then all processes compile, and wait for each other, in the same order.
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "compiler")
+
+    def __enter__(self) -> Compiler:
+        """Itself."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Waits for a program that is being compiled."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def begin(
+        self, lowered: jax.stages.Lowered, options: dict[str, str | bool] | None = None
+    ) -> Callable[[], jax.stages.Compiled]:
+        """Begins to compile; arguments as those of `compile_together`.
+
+        Returns:
+            What waits until all processes have compiled it, and returns the program.
+        """
+        future = self._thread.submit(lowered.compile, compiler_options=options)
+
+        @functools.cache  # so that processes wait for each other once
+        def wait() -> jax.stages.Compiled:
+            compiled = future.result()
+            gather_texts("")
+            return compiled
+
+        return wait
 
 
 def together(function: Callable[[], T]) -> T:

@@ -88,12 +88,24 @@ def _batches(run: Run, train_batches: int) -> Iterator[dict[str, np.ndarray]]:
 
 def compile_evaluate(run: Run, train_batches: int = 0) -> Evaluator:
     """The evaluation, compiled for the shapes of the batches; `train_batches` as in `Evaluator`."""
+    with cluster.Compiler() as compiler:
+        return begin_evaluate(run, compiler, train_batches)()
+
+
+def begin_evaluate(
+    run: Run, compiler: cluster.Compiler, train_batches: int = 0
+) -> Callable[[], Evaluator]:
+    """Begins to compile the evaluation; returns what waits for it."""
     batch = run.abstract_batch(next(_batches(run, train_batches)), run.eval_batch)
     inputs = run.abstract["params"], run.abstract["router"], batch, jax.eval_shape(run.key)
-    step = jax.jit(run.steps.evaluate, out_shardings=replicated(run.mesh)).lower(*inputs)
+    step = jax.jit(run.steps.evaluate, out_shardings=replicated(run.mesh))
+    wait_for_step = compiler.begin(step.lower(*inputs))
     sums = jax.eval_shape(run.steps.evaluate, *inputs)
-    metrics = jax.jit(layer_metrics).lower(sums["aux"], jax.ShapeDtypeStruct((), np.float32))
-    return Evaluator(cluster.compile_together(step), metrics.compile(), train_batches)
+    metrics = jax.jit(layer_metrics)
+    wait_for_metrics = compiler.begin(
+        metrics.lower(sums["aux"], jax.ShapeDtypeStruct((), np.float32))
+    )
+    return lambda: Evaluator(wait_for_step(), wait_for_metrics(), train_batches)
 
 
 def evaluate(run: Run, evaluator: Evaluator, state: Tree) -> tuple[Scalars, Rows]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pathlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ from train.evaluate import (
     Evaluator,
     Rows,
     Scalars,
-    compile_evaluate,
+    begin_evaluate,
     evaluate,
     print_evaluation,
 )
@@ -35,7 +36,7 @@ from train.logs import RunLog
 from train.provenance import identity
 from train.rescue import Rescue
 from train.run import Run, build, open_checkpoints
-from train.settle import calibrate, compile_forward, settle
+from train.settle import begin_forward, calibrate, settle
 from train.step import compiler_options
 from train.telemetry import Meter
 from train.watchdog import Watchdog
@@ -89,37 +90,44 @@ def _train_here(
     describe(run)
     _try_exchange(run)
 
-    # ---------------------------------------------------------------- state, new or restored
-    with open_checkpoints(run, workdir) as checkpoints:
+    # ---------------------------------------------------------------- checkpoints and batches
+    with open_checkpoints(run, workdir) as checkpoints, cluster.Compiler() as compiler:
         guard = Guard(config, workdir, digest(identity(config)))
         given = run.data.train_iterator(config.batch, seed=config.seed, rows=run.rows(config.batch))
         batches = Passing(given, guard)
         example = _example(given)
         newest = _newest(run, checkpoints)
         resumed = None if newest is None else newest.step
-        forward = None
+
+        # ------------------------- programs: each is compiled while the next is traced
+        start = forward = train_step = _nothing
+        if newest is None:
+            start = _begin_start(run, compiler)
         if resumed != config.steps:
-            forward = compile_forward(run, example, resumed=resumed is not None)
+            forward = begin_forward(run, example, compiler, resumed=resumed is not None)
+            train_step = begin_train(run, example, compiler)
+        evaluator = begin_evaluate(run, compiler)
+
+        # ---------------------------------------------------------------- state, new or restored
         if newest is None and guard.rollbacks:
             told = guard.passed(), workdir / RECORD
             LOGGER.warning("batches %s are passed over, as %s says; delete it to begin anew", *told)
-        state = _begin(run, forward, checkpoints, newest, batches, guard)
+        state = _begin(run, newest, start, forward(), checkpoints, batches, guard)
+        del start  # and the weights that it read
         provenance.write_config(tree, workdir)
 
         # ------------------------------------------------------------ training, unless it is done
-        evaluator, result = compile_evaluate(run), None
+        passes, result = _Passes(train_step(), forward(), evaluator()), None
         if resumed != config.steps:
-            compiled = compile_train(run, example)
             about = Record(guard, provenance.meta(tree, config, workdir))
             watchdog, rescue = Watchdog(config.guard, workdir), Rescue(checkpoints, about)
             with watchdog, rescue, _Compilations() as counter:
-                passes = _Passes(compiled, forward, evaluator)
                 parts = _Parts(
                     *(run, batches, passes, checkpoints, counter, about, guard, watchdog, rescue)
                 )
                 state, result = _train(parts, state, resumed)
         batches.close()
-    scalars, rows = result or evaluate(run, evaluator, state)
+    scalars, rows = result or evaluate(run, passes.evaluator, state)
 
     _show(run, state, scalars, rows, workdir)
     return scalars, rows
@@ -154,22 +162,36 @@ def _try_exchange(run: Run) -> None:
         check_exchange(moe, run.mesh, _compiler_options(run))
 
 
-def _start(run: Run) -> Tree:
-    """The training state of step 0, with the weights that `init_from` names."""
-    if not run.config.init_from:
-        if run.config.optim.trainable:
-            LOGGER.warning(
-                "what optim.trainable leaves out stays as it is drawn: init_from is empty"
-            )
-        return cluster.compile_together(run.init.lower())()
-    # Read before `init` is compiled.
+def _nothing() -> None:
+    """Waits for no program: there is none."""
+
+
+def _begin_start(run: Run, compiler: cluster.Compiler) -> Callable[[], Tree]:
+    """Begins to compile what makes the training state of step 0; returns what makes it, once.
+
+    It has the weights that `init_from` names.
+    """
+    # Read before anything is compiled.
+    taken = _initial(run) if run.config.init_from else {}
+    if run.config.optim.trainable and not run.config.init_from:
+        LOGGER.warning("what optim.trainable leaves out stays as it is drawn: init_from is empty")
+    program = compiler.begin(run.init.lower())
+
+    def start() -> Tree:
+        state = program()()
+        return state | {"params": place_params(state["params"], taken)}
+
+    return start
+
+
+def _initial(run: Run) -> Tree:
+    """The parameters that are taken from `init_from`."""
     taken, notes = initial_params(run)
     for note in notes:
         LOGGER.info("init_from: %s", note)
     check_frozen(run, taken)
     LOGGER.info("%s parameters start from %s", f"{count_parameters(taken):,}", run.config.init_from)
-    state = cluster.compile_together(run.init.lower())()
-    return state | {"params": place_params(state["params"], taken)}
+    return taken
 
 
 def _newest(run: Run, checkpoints: Checkpoints) -> Newest | None:
@@ -194,9 +216,10 @@ def _newest(run: Run, checkpoints: Checkpoints) -> Newest | None:
 
 def _begin(
     run: Run,
+    newest: Newest | None,
+    start: Callable[[], Tree],
     forward: Any,
     checkpoints: Checkpoints,
-    newest: Newest | None,
     batches: Passing,
     guard: Guard,
 ) -> Tree:
@@ -205,7 +228,7 @@ def _begin(
         return _resume(run, checkpoints, newest, batches, guard)
     guard.restore({}, 0)
     batches.seek(0, None)
-    return calibrate(run, forward, _start(run))
+    return calibrate(run, forward, start())
 
 
 def _resume(
@@ -292,8 +315,15 @@ def _train(parts: _Parts, state: Tree, resumed: int | None) -> tuple[Tree, Any]:
             resumed = None if newest is None else newest.step
             guard.go_back(fault, resumed)
             notice.consult()
-            forward, checkpoints = parts.passes.forward, parts.checkpoints
-            state = _begin(run, forward, checkpoints, newest, parts.batches, guard)
+            state = _go_to(parts, newest)
+
+
+def _go_to(parts: _Parts, newest: Newest | None) -> Tree:
+    """The training state of a checkpoint, or of the start, in the middle of a training."""
+    run, forward = parts.run, parts.passes.forward
+    with cluster.Compiler() as compiler:
+        start = _begin_start(run, compiler) if newest is None else _nothing
+        return _begin(run, newest, start, forward, parts.checkpoints, parts.batches, parts.guard)
 
 
 def _steps(parts: _Parts, log: RunLog, state: Tree, start: int) -> tuple[Tree, Any, Fault | None]:
@@ -401,11 +431,19 @@ def _profiled(config: ExperimentConfig, start: int) -> range:
 
 def compile_train(run: Run, example: dict[str, np.ndarray]) -> Any:
     """The training step, compiled ahead of time: it cannot be compiled again by accident."""
+    with cluster.Compiler() as compiler:
+        return begin_train(run, example, compiler)()
+
+
+def begin_train(
+    run: Run, example: dict[str, np.ndarray], compiler: cluster.Compiler
+) -> Callable[[], Any]:
+    """Begins to compile the training step; returns what waits for it."""
     places = jax.tree.map(lambda leaf: leaf.sharding, run.abstract)
     step = jax.jit(run.steps.train, donate_argnums=0, out_shardings=(places, replicated(run.mesh)))
     batch = run.abstract_batch(example, run.config.batch)
     lowered = step.lower(run.abstract, batch, jax.eval_shape(run.key))
-    return cluster.compile_together(lowered, _compiler_options(run))
+    return compiler.begin(lowered, _compiler_options(run))
 
 
 def _compiler_options(run: Run) -> dict[str, str | bool]:

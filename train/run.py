@@ -18,9 +18,9 @@ import optax
 from flax import nnx, serialization
 from jax.sharding import Mesh
 
-from emoe_jax import json_file, pure, sharding
+from emoe_jax import grouped, json_file, pure, sharding
 from emoe_jax.checkpoint import Checkpoints
-from emoe_jax.config import LMConfig, ViTConfig, require
+from emoe_jax.config import LMConfig, ViTConfig, moe_layers, require
 from emoe_jax.models import EMoELM, EMoEViT
 from emoe_jax.multihost import gather_texts
 from emoe_jax.optim import make_optimizer, partition
@@ -162,6 +162,8 @@ def build(config: ExperimentConfig, workdir: pathlib.Path) -> Run:
     # trained) before data are read.
     _, params, _ = pure.abstract_split(model_maker(config.model, config.seed))
     partition(params, config.optim.trainable)
+    if config.model.moe.dispatch != "dense" and any(moe_layers(config.model)):
+        grouped.prepare()
     data: TextData | VisionData
     if isinstance(config.data, TextConfig):
         data = load_text(config.data, tokenizer_path=workdir / TOKENIZER_FILE)

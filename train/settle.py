@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,28 +22,32 @@ CALIBRATION, SETTLING = 0xCA11, 0x5E77
 """What tells the seeds of the batches before and after training from that of training's."""
 
 
-def compile_forward(run: Run, example: dict[str, np.ndarray], *, resumed: bool) -> Any:
-    """Compiles the pass that moves the routers' running state alone.
+def begin_forward(
+    run: Run, example: dict[str, np.ndarray], compiler: cluster.Compiler, *, resumed: bool
+) -> Callable[[], Any]:
+    """Begins to compile the pass that moves the routers' running state alone.
 
     Args:
         run: the run.
         example: a batch of training, for its shapes.
+        compiler: compiles it.
         resumed: whether the run goes on from a checkpoint, and so is calibrated already.
 
     Returns:
-        What `calibrate` and `settle` take; None where there is nothing to do for them.
+        What waits for it, and returns what `calibrate` and `settle` take: None where there is
+        nothing to do for them.
     """
     config = run.config
     wanted = config.settling > 0 or (config.calibrate > 0 and not resumed)
     if not (wanted and router_class(config.model.moe.router).CALIBRATES):
-        return None
+        return lambda: None
     if not run.abstract["router"]:
-        return None
+        return lambda: None
     places = jax.tree.map(lambda leaf: leaf.sharding, run.abstract["router"])
     step = jax.jit(run.steps.calibrate, out_shardings=places, donate_argnums=1)
     batch, key = run.abstract_batch(example, config.batch), jax.eval_shape(run.key)
     given = run.abstract["params"], run.abstract["router"], batch, key, np.float32(0)
-    return cluster.compile_together(step.lower(*given))
+    return compiler.begin(step.lower(*given))
 
 
 def calibrate(run: Run, forward: Any, state: Tree) -> Tree:

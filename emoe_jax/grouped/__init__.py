@@ -82,6 +82,15 @@ def is_dense(backend: str, platform: str | None = None) -> bool:
     return backend == "ragged_dot" and (platform or devices.platform()) != "tpu"
 
 
+def prepare(backend: str = "auto") -> None:
+    """Begins to compile what a backend needs in this process, if anything, and goes on.
+
+    For programs that know early what they will trace. Without it the first `grouped_matmul` waits.
+    """
+    if resolve_backend(backend) == "native":
+        native.prepare()
+
+
 def _on_cpu() -> str:
     """What "auto" is where a program is lowered for CPU.
 

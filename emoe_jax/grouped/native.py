@@ -13,6 +13,7 @@ import os
 import platform
 import struct
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,13 @@ def missing() -> str:
     if struct.calcsize("P") != 8 or sys.byteorder != "little":
         return f"they need a 64-bit little-endian machine, not {platform.machine()}"
     return ""
+
+
+def prepare() -> None:
+    """Compiles in a thread of its own: LLVM takes a second and leaves Python free meanwhile."""
+    from emoe_jax.grouped.llvm.build import register
+
+    threading.Thread(target=register, args=(Product.MATRIX,), name="native products").start()
 
 
 def multiply(product: Product, left: Array, right: Array, sizes: Array, dtype: jnp.dtype) -> Array:

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.metadata
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from emoe_jax.grouped import grouped_matmul, native, resolve_backend
+from emoe_jax.grouped import grouped_matmul, native, prepare, resolve_backend
+from emoe_jax.grouped.llvm import build
 from emoe_jax.grouped.products import Product
 
 # Blocks are of 256 rows, 512 columns and 256 k, tiles of 8 or 4 rows and 8 to 32 columns.
@@ -108,6 +110,27 @@ def test_without_llvmlite_auto_takes_the_loops(monkeypatch, version):
         np.testing.assert_allclose(out[1:], rows[1:] @ weights[1], rtol=1e-5)
     finally:
         native.missing.cache_clear()
+
+
+def test_prepare_compiles_in_the_background_and_products_wait_for_it(monkeypatch):
+    begun, go, calls = threading.Event(), threading.Event(), []
+
+    def compile_all():
+        calls.append(threading.current_thread())
+        begun.set()
+        assert go.wait(timeout=60)
+
+    monkeypatch.setattr(build, "_register_all", functools.cache(compile_all))
+    prepare("loops")
+    assert calls == []
+    prepare()
+    assert begun.wait(timeout=60)
+    with ThreadPoolExecutor(1) as pool:
+        name = pool.submit(build.register, Product.MATRIX)
+        assert not name.done()
+        go.set()
+        assert name.result(timeout=60) == "emoe_grouped_matrix"
+    assert len(calls) == 1
 
 
 def test_under_vmap():

@@ -44,7 +44,7 @@ def main(folder: pathlib.Path) -> None:
     resumed = lm_tree(tree["data"]["sources"][0])
     guard = tree["guard"] | {"stall_s": 1.0}
     resumed.update(tree | {"mesh": tree["mesh"] | MESH, "guard": guard})
-    loop.compile_train = troubled(loop.compile_train)
+    loop.begin_train = troubled(loop.begin_train)
     cli._run_on_several(lambda argv: train(resumed, folder / "two"), [])
     seen = restored(folder, tree) | refusals(folder) | {"rows": rows()}
     (folder / f"seen_{jax.process_index()}.json").write_text(json.dumps(seen))
@@ -53,11 +53,11 @@ def main(folder: pathlib.Path) -> None:
     cli._run_on_several(fail_in_second, [])
 
 
-def troubled(compile_train: Callable[..., Any]) -> Callable[..., Any]:
+def troubled(begin_train: Callable[..., Any]) -> Callable[..., Any]:
     """Makes the second step get a routers' state that is lost, and the third hang in process 1."""
 
-    def compile_and_count(*given: Any) -> Callable[..., Any]:
-        compiled, calls = compile_train(*given), itertools.count(1)
+    def begin_and_count(*given: Any) -> Callable[..., Any]:
+        wait, calls = begin_train(*given), itertools.count(1)
 
         def step(state: Any, *rest: Any) -> Any:
             call = next(calls)
@@ -66,11 +66,11 @@ def troubled(compile_train: Callable[..., Any]) -> Callable[..., Any]:
                 router["offset"] = jax.jit(lambda b: b.at[0, 3].set(np.nan))(router["offset"])
             if call == 3 and not cluster.is_first():
                 time.sleep(3)
-            return compiled(state, *rest)
+            return wait()(state, *rest)
 
-        return step
+        return lambda: step
 
-    return compile_and_count
+    return begin_and_count
 
 
 def restored(folder: pathlib.Path, tree: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -173,6 +174,55 @@ def test_one_failure_is_told_by_all_with_its_process(three):
 def test_what_is_no_bad_input_is_not_held_back(three):
     with pytest.raises(ZeroDivisionError):
         cluster.together(lambda: 1 // 0)
+
+
+class Lowered:
+    """A program whose compilation waits for the test."""
+
+    def __init__(self, result):
+        self.result, self.begun, self.go = result, threading.Event(), threading.Event()
+
+    def compile(self, compiler_options):
+        self.begun.set()
+        assert self.go.wait(timeout=60)
+        if isinstance(self.result, Exception):
+            raise self.result
+        return self.result, compiler_options
+
+
+def test_programs_are_compiled_in_order_while_others_are_traced(three):
+    first, second = Lowered("first"), Lowered("second")
+    with cluster.Compiler() as compiler:
+        waits = compiler.begin(first, {"a": 1}), compiler.begin(second)
+        assert first.begun.wait(timeout=60)
+        assert not second.begun.is_set()
+        first.go.set()
+        second.go.set()
+        # Processes meet once for each program, not again when it is asked for again.
+        three.extend([["", ""], ["", ""]])
+        assert [wait() for wait in (*waits, *waits)] == [
+            *[("first", {"a": 1}), ("second", None)] * 2
+        ]
+    assert three == []
+
+
+def test_what_the_compiler_raises_is_raised_where_the_program_is_wanted():
+    bad = Lowered(ValueError("too large"))
+    bad.go.set()
+    with cluster.Compiler() as compiler:
+        wait = compiler.begin(bad)
+        with pytest.raises(ValueError, match="too large"):
+            wait()
+
+
+def test_a_compiler_that_is_left_begins_no_further_program():
+    first, second = Lowered("first"), Lowered("second")
+    with cluster.Compiler() as compiler:
+        compiler.begin(first)
+        compiler.begin(second)
+        assert first.begun.wait(timeout=60)
+        threading.Timer(0.1, first.go.set).start()
+    assert not second.begun.is_set()
 
 
 def test_many_processes_are_counted_not_listed():

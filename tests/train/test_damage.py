@@ -86,7 +86,7 @@ def copy(finished, tmp_path, one_device):
 def test_where_none_is_whole_the_run_refuses_and_nothing_is_touched(finished, copy, monkeypatch):
     flip(copy / "checkpoints/24/run/metadata")
     (copy / "checkpoints/16/state/manifest.ocdbt").unlink()
-    monkeypatch.setattr(loop, "compile_train", None)
+    monkeypatch.setattr(loop, "begin_train", None)
     before = {path: path.stat().st_mtime_ns for path in copy.rglob("*") if path.is_file()}
     with pytest.raises(CheckpointError) as caught:
         train(lm_tree(finished.source, steps=30), copy)

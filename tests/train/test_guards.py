@@ -294,11 +294,11 @@ def test_the_rollback_is_told_in_the_logs_the_folder_and_the_checkpoints(interru
 def test_what_is_lost_of_the_state_is_restored_and_no_batch_passed_over(
     name, trained, without, tmp_path, monkeypatch, caplog
 ):
-    compiled_train = loop.compile_train
+    begin_train = loop.begin_train
     calls = []
 
-    def poisoned(run, example):
-        compiled = compiled_train(run, example)
+    def poisoned(*given):
+        wait = begin_train(*given)
 
         def step(state, batch, key):
             calls.append(int(state["step"]))
@@ -306,14 +306,14 @@ def test_what_is_lost_of_the_state_is_restored_and_no_batch_passed_over(
                 *path, last = name.split("/")
                 tree = functools.reduce(operator.getitem, path, state)
                 tree[last] = tree[last].at[..., 0, 0].set(jnp.nan)
-            return compiled(state, batch, key)
+            return wait()(state, batch, key)
 
-        return step
+        return lambda: step
 
     def edit(number, batch):
         return None if 4 <= number < 7 else nan_pixel(batch) if number == 1 else batch
 
-    monkeypatch.setattr(loop, "compile_train", poisoned)
+    monkeypatch.setattr(loop, "begin_train", poisoned)
     with caplog.at_level(logging.WARNING, "train.guards"):
         trained(tmp_path, edit)
     # Lines are logged, and flags read, every third step: after step 6.

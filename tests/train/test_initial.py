@@ -15,7 +15,7 @@ from emoe_jax.checkpoint import Checkpoints
 from emoe_jax.config import ViTConfig
 from emoe_jax.models import EMoEViT
 from tests.train.tiny import lm_tree, mesh_of_one, vit_tree
-from train import describe, loop
+from train import cluster, describe, loop
 from train.config import freeze, to_json
 from train.initial import by_block, initial_params, matching, place_params, with_positions
 from train.loop import train
@@ -166,9 +166,16 @@ def test_a_model_without_experts_says_so(backbone, tmp_path, one_device, lines):
     assert "of them trained" not in size
 
 
+def started(run):
+    """The state that a run begins with."""
+    with cluster.Compiler() as compiler:
+        return loop._begin_start(run, compiler)()
+
+
 def test_freezing_what_is_drawn_is_pointed_out(tmp_path, one_device, lines):
     run = build(freeze(adapter("")), tmp_path)
-    assert loop._start(dataclasses.replace(run, init=jax.jit(dict))) == {}
+    nothing = {"params": {}}
+    assert started(dataclasses.replace(run, init=jax.jit(lambda: nothing))) == nothing
     assert lines() == ["what optim.trainable leaves out stays as it is drawn: init_from is empty"]
 
 
@@ -224,7 +231,7 @@ def test_a_released_file_is_read_and_its_bases_made_orthonormal(tmp_path, one_de
     state["vit.head.weight"] = np.zeros((11, 8), np.float32)
     state["vit.pos_embed"] = state["vit.pos_embed"] + 1
     interop.write_safetensors(file, state)
-    began = loop._start(run)["params"]
+    began = started(run)["params"]
     router, before = (p["blocks"]["groups"]["0"]["moe"]["router"] for p in (began, drawn["params"]))
     chex.assert_trees_all_close(router["basis"], before["basis"], atol=1e-6)
     chex.assert_trees_all_equal(router["masks"], before["masks"])
@@ -280,7 +287,7 @@ def test_positions_of_other_tokens_are_not_taken_for_patches():
 
 def refused(tree, workdir, error, words, monkeypatch):
     """The error comes before anything is compiled."""
-    monkeypatch.setattr(loop, "compile_evaluate", None)
+    monkeypatch.setattr(loop, "begin_evaluate", None)
     monkeypatch.setattr(jax, "jit", lambda *_, **__: lambda *_: pytest.fail("compiled"))
     with pytest.raises(error, match=words):
         train(tree, workdir)

@@ -228,7 +228,7 @@ def test_nothing_is_compiled_after_the_first_step_but_checkpoint_digests(stopped
 def test_a_finished_run_only_evaluates_and_prints(finished, one_device, capsys, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in finished.workdir.rglob("*.jsonl")}
     steps = saved_steps(finished.workdir)
-    monkeypatch.setattr(loop, "compile_train", None)
+    monkeypatch.setattr(loop, "begin_train", None)
     scalars, rows = train(lm_tree(finished.source, prompt="the "), finished.workdir)
     assert scalars == pytest.approx(finished.scalars, rel=1e-6)
     assert [row["layer"] for row in rows] == ["layer_00", "layer_01"]
@@ -321,8 +321,8 @@ def test_fewer_steps_than_are_saved_are_refused(finished, one_device):
 
 def refused(tree, workdir, error, words, monkeypatch):
     """The error comes before anything is compiled."""
-    monkeypatch.setattr(loop, "compile_evaluate", None)
-    monkeypatch.setattr(loop, "compile_train", None)
+    monkeypatch.setattr(loop, "begin_evaluate", None)
+    monkeypatch.setattr(loop, "begin_train", None)
     monkeypatch.setattr(jax, "jit", lambda *_, **__: lambda *_: pytest.fail("compiled"))
     with pytest.raises(error, match=words):
         train(tree, workdir)

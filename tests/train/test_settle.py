@@ -9,7 +9,7 @@ import pytest
 
 from emoe_jax import sharding
 from tests.train.tiny import lm_tree, mesh_of_one, write_corpus
-from train import settle
+from train import cluster, settle
 from train.config import freeze
 from train.logs import read_metrics
 from train.loop import train
@@ -31,7 +31,8 @@ def begun(folder, **changes):
     run = build(freeze(lm_tree(write_corpus(folder / "corpus"), **changes)), folder)
     size = run.config.batch
     batches = run.data.train_iterator(size, seed=0, rows=run.rows(size))
-    forward = settle.compile_forward(run, next(batches), resumed=False)
+    with cluster.Compiler() as compiler:
+        forward = settle.begin_forward(run, next(batches), compiler, resumed=False)()
     batches.close()
     return run, forward, run.init()
 
@@ -113,7 +114,8 @@ def test_settling_ends_early_when_the_run_is_asked_to_end(tmp_path, one_device, 
 )
 def test_nothing_is_compiled_for_nothing(tmp_path, one_device, changes, resumed):
     run = build(freeze(lm_tree(write_corpus(tmp_path / "corpus"), **changes)), tmp_path)
-    assert settle.compile_forward(run, {}, resumed=resumed) is None
+    with cluster.Compiler() as compiler:
+        assert settle.begin_forward(run, {}, compiler, resumed=resumed)() is None
 
 
 def test_the_last_checkpoint_holds_the_settled_state(tmp_path, one_device):

@@ -17,7 +17,7 @@ from train.data.tokenizer import Tokenizer, content_hash, default_cache_dir, wri
 
 LOGGER = logging.getLogger(__name__)
 
-LEAST_CHARACTERS = 2**20
+LEAST_CHARACTERS = 2**17
 """Characters from which on ids are kept: fewer are tokenised in a moment."""
 
 
