@@ -4,11 +4,10 @@ Inputs that a reader refuses in the worker are given to the program that reads t
 must come out as "error: ..." and code 2, as of every other bad input (see tests/train/test_cli.py).
 """
 
+import functools
 import json
 import os
 import pathlib
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -17,6 +16,7 @@ from tests.fuzz.campaign import ROOT, Campaign
 from tests.fuzz.readers import READERS
 from tests.fuzz.test_fuzz import SEED
 from tests.fuzz.worker import write_input
+from tests.train import forked
 
 DATA = [
     *("--config.data.tokenizer=bytes", "--config.data.vocab_size=258"),
@@ -62,41 +62,25 @@ def refused(campaign: Campaign, reader: str, count: int) -> list[int]:
     return found
 
 
-def start(program: str, case: int, folder: pathlib.Path) -> subprocess.Popen[str]:
-    """Starts a program on a damaged input."""
+def run(program: str, case: int, folder: pathlib.Path) -> forked.Ended:
+    """Runs a program on a damaged input."""
     reader, arguments = (PROGRAMS | MORE)[program]
     files = READERS[reader].case(reader, SEED, case)
     write_input(folder, files)
-    return subprocess.Popen(
-        [sys.executable, "-m", *(arguments or [*json.loads(files["argv.json"]), "--workdir=run"])],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
-        text=True,
-        errors="replace",
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
+    words = arguments or [*json.loads(files["argv.json"]), "--workdir=run"]
+    return forked.run(words, functools.partial(os.chdir, folder))
 
 
 def check(campaign: Campaign, folder: pathlib.Path, programs: list[str], count: int) -> None:
-    """Runs the programs on some cases each, two at a time: most of their time is imports."""
-    cases = [
-        (program, case)
-        for program in programs
-        for case in refused(campaign, (PROGRAMS | MORE)[program][0], count)
-    ]
+    """Runs the programs on some cases each."""
     wrong = []
-    for pair in zip(cases[::2], [*cases[1::2], None], strict=False):
-        there = [each for each in pair if each is not None]
-        started = [start(*each, folder / f"{each[0]} {each[1]}") for each in there]
-        for (program, case), process in zip(there, started, strict=True):
-            _, err = process.communicate(timeout=300)
+    for program in programs:
+        reader = (PROGRAMS | MORE)[program][0]
+        for case in refused(campaign, reader, count):
+            code, _, err = run(program, case, folder / f"{program} {case}")
             told = [line for line in err.splitlines() if line.startswith("error: ")]
-            if process.returncode != 2 or not told or "Traceback" in err:
-                reader = (PROGRAMS | MORE)[program][0]
-                wrong.append(
-                    f"{program}: {reader} {SEED} {case}: {process.returncode} {err[-2000:]}"
-                )
+            if code != 2 or not told or "Traceback" in err:
+                wrong.append(f"{program}: {reader} {SEED} {case}: {code} {err[-2000:]}")
     assert not wrong, "\n".join(wrong)
 
 

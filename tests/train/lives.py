@@ -1,15 +1,14 @@
 """Lives of a run: real processes of `python -m train`, forked from one that has imported it all.
 
-What a start costs beyond training is mostly imports and compiling. The server that forks has
-imported, but touched no device, and the executables lie in a cache beside the run's folder.
+What a start costs beyond training is mostly imports and compiling: see `forked`, and the
+executables lie in a cache beside the run's folder.
 """
 
 import errno
-import multiprocessing
+import functools
 import os
 import pathlib
 import re
-import runpy
 import subprocess
 import sys
 from multiprocessing.context import ForkServerProcess
@@ -17,11 +16,8 @@ from typing import Any
 
 import jax
 
-import train.loop
+from tests.train import forked
 from train.run import Run
-
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload([__name__])
 
 ONE_DEVICE = re.sub("device_count=[0-9]+", "device_count=1", os.environ["XLA_FLAGS"])
 
@@ -34,9 +30,8 @@ def begin(workdir: pathlib.Path, *flags: str, fail_at: int = 0) -> ForkServerPro
         *flags: of `python -m train`.
         fail_at: the batch of this life whose placement on the devices fails; 0 is none.
     """
-    process = CONTEXT.Process(target=_live, args=(workdir, flags, fail_at))
-    process.start()
-    return process
+    log, prepare = _log(workdir), functools.partial(_prepare, workdir, fail_at)
+    return forked.begin([*_arguments(workdir), *flags], log, log, prepare)
 
 
 def begin_apart(workdir: pathlib.Path) -> subprocess.Popen[str]:
@@ -47,7 +42,7 @@ def begin_apart(workdir: pathlib.Path) -> subprocess.Popen[str]:
     }
     return subprocess.Popen(
         [sys.executable, "-m", *_arguments(workdir)],
-        cwd=pathlib.Path(__file__).parents[2],
+        cwd=forked.ROOT,
         env=os.environ | cache | {"XLA_FLAGS": ONE_DEVICE},
         text=True,
         stdout=subprocess.PIPE,
@@ -68,17 +63,12 @@ def _arguments(workdir: pathlib.Path) -> list[str]:
     return ["train", f"--config={workdir.parent / 'experiment.py'}", f"--workdir={workdir}"]
 
 
-def _live(workdir: pathlib.Path, flags: tuple[str, ...], fail_at: int) -> None:
-    log = os.open(_log(workdir), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+def _prepare(workdir: pathlib.Path, fail_at: int) -> None:
     os.environ["XLA_FLAGS"] = ONE_DEVICE
     jax.config.update("jax_compilation_cache_dir", str(workdir.parent / "cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if fail_at:
         _fail(fail_at)
-    sys.argv = [*_arguments(workdir), *flags]
-    runpy.run_module("train", run_name="__main__", alter_sys=True)
 
 
 def _fail(at: int) -> None:
@@ -92,6 +82,3 @@ def _fail(at: int) -> None:
         return place(self, *given)
 
     Run.to_devices = failing  # type: ignore[method-assign]
-
-
-assert train.loop  # imported for the server, which forks what it has imported

@@ -3,17 +3,16 @@
 import asyncio
 import logging
 import pathlib
-import subprocess
 import sys
 import types
-from typing import NamedTuple
 
 import pytest
 import tensorstore
 
+from tests.train import forked
+from tests.train.forked import Ended
 from train import cli
 
-ROOT = pathlib.Path(__file__).parents[2]
 TINY = "--config=configs/lm_tiny.py"
 
 COMPARE = ["train.compare", TINY, "--workdir={}"]
@@ -57,34 +56,16 @@ CASES = {
 }
 
 
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
-    """Every case, two processes at a time: most of their time is imports."""
+    """Every case."""
     folder = tmp_path_factory.mktemp("cli") / "run"
-    names, results = list(CASES), {}
-    for pair in zip(names[::2], [*names[1::2], None], strict=False):
-        started = {name: start(CASES[name], folder) for name in pair if name is not None}
-        for name, process in started.items():
-            out, err = process.communicate(timeout=300)
-            results[name] = Ended(process.returncode, out, err)
-    return results
+    return {name: run(words, folder) for name, words in CASES.items()}
 
 
-def start(arguments: list[str], folder: pathlib.Path) -> subprocess.Popen[str]:
-    filled = [argument.replace("{}", str(folder)) for argument in arguments]
-    return subprocess.Popen(
-        [sys.executable, "-m", *filled],
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+def run(words: list[str], folder: pathlib.Path) -> Ended:
+    """A program with a folder in the place of braces."""
+    return forked.run([word.replace("{}", str(folder)) for word in words])
 
 
 JUDGED = [
@@ -141,9 +122,8 @@ def test_the_cases_are_all_judged(ended):
 
 
 def test_a_trace_is_shown_to_those_who_ask(tmp_path):
-    process = start(["train.evaluate", "--workdir={}", "--trace"], tmp_path)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 1
+    code, _, err = run(["train.evaluate", "--workdir={}", "--trace"], tmp_path)
+    assert code == 1
     assert "Traceback" in err
     assert "FileNotFoundError" in err
 
