@@ -16,6 +16,9 @@ from rich.table import Table
 
 Row = Mapping[str, Any]
 
+_VECTORS = ("avx512f", "avx2", "sve", "asimd")
+"""Vector extensions by Linux's names, the widest of a family first."""
+
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "llvmlite", "numpy")
 
 
@@ -109,7 +112,18 @@ def _device() -> str:
     name = f"{len(devices)} x {devices[0].device_kind}"
     if devices[0].platform != "cpu":
         return name
-    return f"{name} ({platform.machine()}, {os.cpu_count()} cores)"
+    told = Path("/proc/cpuinfo")  # on Linux
+    facts = _processor(told.read_text(encoding="utf-8")) if told.is_file() else []
+    return f"{name} ({', '.join([*facts, platform.machine()])}, {os.cpu_count()} cores)"
+
+
+def _processor(cpuinfo: str) -> list[str]:
+    """A processor's name and the widest vectors that it computes with, as far as Linux tells."""
+    lines = (line.partition(":") for line in cpuinfo.splitlines())
+    facts = {key.strip(): value.strip() for key, _, value in lines}
+    flags = facts.get("flags", facts.get("Features", "")).split()
+    vectors = next((name for name in _VECTORS if name in flags), "")
+    return [fact for fact in (facts.get("model name", ""), vectors) if fact]
 
 
 def _commit() -> str | None:

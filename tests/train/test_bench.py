@@ -66,6 +66,23 @@ echo "{\\"rows\\": [{\\"words\\": \\"$1 $2 $3 $4 $5\\"}]}" > "$file"
     assert "exchange: not measured: train.bench: too few devices" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("cpuinfo", "facts"),
+    [
+        (
+            "processor\t: 0\nmodel name\t: AMD EPYC\nflags\t\t: fpu sse2 avx2 avx512f\n",
+            ["AMD EPYC", "avx512f"],
+        ),
+        ("model name\t: Intel: old\nflags\t\t: fpu sse2 avx2\n", ["Intel: old", "avx2"]),
+        ("processor\t: 0\nFeatures\t: fp asimd\n", ["asimd"]),  # ARM names no model
+        ("model name\t: Pentium\nflags\t\t: fpu\n", ["Pentium"]),
+        ("", []),
+    ],
+)
+def test_processors_are_told_apart(cpuinfo, facts):
+    assert tables._processor(cpuinfo) == facts
+
+
 def test_table_leaves_missing_keys_blank(capsys):
     tables.print_table("numbers", [{"a": 1.23456, "b": "x"}, {"b": "y", "c": 7}])
     printed = capsys.readouterr().out
