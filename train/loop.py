@@ -107,17 +107,19 @@ def _train_here(
             forward = begin_forward(run, example, compiler, resumed=resumed is not None)
             train_step = begin_train(run, example, compiler)
         evaluator = begin_evaluate(run, compiler)
+        # Before any of them runs: the compiler of a GPU times kernels there.
+        passes = _Passes(train_step(), forward(), evaluator())
 
         # ---------------------------------------------------------------- state, new or restored
         if newest is None and guard.rollbacks:
             told = guard.passed(), workdir / RECORD
             LOGGER.warning("batches %s are passed over, as %s says; delete it to begin anew", *told)
-        state = _begin(run, newest, start, forward(), checkpoints, batches, guard)
+        state = _begin(run, newest, start, passes.forward, checkpoints, batches, guard)
         del start  # and the weights that it read
         provenance.write_config(tree, workdir)
 
         # ------------------------------------------------------------ training, unless it is done
-        passes, result = _Passes(train_step(), forward(), evaluator()), None
+        result = None
         if resumed != config.steps:
             about = Record(guard, provenance.meta(tree, config, workdir))
             watchdog, rescue = Watchdog(config.guard, workdir), Rescue(checkpoints, about)
