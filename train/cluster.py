@@ -280,9 +280,9 @@ class Compiler:
         """Itself."""
         return self
 
-    def __exit__(self, *error: object) -> None:
-        """Waits for a program that is being compiled."""
-        self._thread.shutdown(cancel_futures=True)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Waits for a program that is being compiled; not after an error, which is told first."""
+        self._thread.shutdown(wait=kind is None, cancel_futures=True)
 
     def begin(
         self, lowered: jax.stages.Lowered, options: dict[str, str | bool] | None = None

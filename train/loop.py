@@ -90,7 +90,7 @@ def _train_here(
     describe(run)
     _try_exchange(run)
 
-    # ---------------------------------------------------------------- checkpoints and batches
+    # ------------------------------------------------ batches, and the state of a run that goes on
     with open_checkpoints(run, workdir) as checkpoints, cluster.Compiler() as compiler:
         guard = Guard(config, workdir, digest(identity(config)))
         given = run.data.train_iterator(config.batch, seed=config.seed, rows=run.rows(config.batch))
@@ -98,6 +98,12 @@ def _train_here(
         example = _example(given)
         newest = _newest(run, checkpoints)
         resumed = None if newest is None else newest.step
+        state = None
+        if newest is not None:
+            state = _resume(run, checkpoints, newest, batches, guard)
+        elif guard.rollbacks:
+            told = guard.passed(), workdir / RECORD
+            LOGGER.warning("batches %s are passed over, as %s says; delete it to begin anew", *told)
 
         # ------------------------- programs: each is compiled while the next is traced
         start = forward = train_step = _nothing
@@ -107,18 +113,13 @@ def _train_here(
             forward = begin_forward(run, example, compiler, resumed=resumed is not None)
             train_step = begin_train(run, example, compiler)
         evaluator = begin_evaluate(run, compiler)
-        # Before any of them runs: the compiler of a GPU times kernels there.
+        provenance.write_config(tree, workdir)
+        # All of them before any runs: the compiler of a GPU times kernels there.
         passes = _Passes(train_step(), forward(), evaluator())
 
-        # ---------------------------------------------------------------- state, new or restored
-        if newest is None and guard.rollbacks:
-            told = guard.passed(), workdir / RECORD
-            LOGGER.warning("batches %s are passed over, as %s says; delete it to begin anew", *told)
-        state = _begin(run, newest, start, passes.forward, checkpoints, batches, guard)
-        del start  # and the weights that it read
-        provenance.write_config(tree, workdir)
-
         # ------------------------------------------------------------ training, unless it is done
+        if state is None:
+            state = _begin(run, start, passes.forward, batches, guard)
         result = None
         if resumed != config.steps:
             about = Record(guard, provenance.meta(tree, config, workdir))
@@ -181,7 +182,9 @@ def _begin_start(run: Run, compiler: cluster.Compiler) -> Callable[[], Tree]:
 
     def start() -> Tree:
         state = program()()
-        return state | {"params": place_params(state["params"], taken)}
+        params = place_params(state["params"], taken)
+        taken.clear()
+        return state | {"params": params}
 
     return start
 
@@ -217,17 +220,9 @@ def _newest(run: Run, checkpoints: Checkpoints) -> Newest | None:
 
 
 def _begin(
-    run: Run,
-    newest: Newest | None,
-    start: Callable[[], Tree],
-    forward: Any,
-    checkpoints: Checkpoints,
-    batches: Passing,
-    guard: Guard,
+    run: Run, start: Callable[[], Tree], forward: Any, batches: Passing, guard: Guard
 ) -> Tree:
-    """The training state of a checkpoint, or of the start; batches and guard go there too."""
-    if newest is not None:
-        return _resume(run, checkpoints, newest, batches, guard)
+    """The training state of the start; batches and guard go there too."""
     guard.restore({}, 0)
     batches.seek(0, None)
     return calibrate(run, forward, start())
@@ -322,10 +317,11 @@ def _train(parts: _Parts, state: Tree, resumed: int | None) -> tuple[Tree, Any]:
 
 def _go_to(parts: _Parts, newest: Newest | None) -> Tree:
     """The training state of a checkpoint, or of the start, in the middle of a training."""
-    run, forward = parts.run, parts.passes.forward
+    run, batches, guard = parts.run, parts.batches, parts.guard
+    if newest is not None:
+        return _resume(run, parts.checkpoints, newest, batches, guard)
     with cluster.Compiler() as compiler:
-        start = _begin_start(run, compiler) if newest is None else _nothing
-        return _begin(run, newest, start, forward, parts.checkpoints, parts.batches, parts.guard)
+        return _begin(run, _begin_start(run, compiler), parts.passes.forward, batches, guard)
 
 
 def _steps(parts: _Parts, log: RunLog, state: Tree, start: int) -> tuple[Tree, Any, Fault | None]:

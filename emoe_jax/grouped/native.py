@@ -7,6 +7,7 @@ rows and matrices where they are. They need the package llvmlite (the extra `cpu
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import os
@@ -48,7 +49,11 @@ def prepare() -> None:
     """Compiles in a thread of its own: LLVM takes a second and leaves Python free meanwhile."""
     from emoe_jax.grouped.llvm.build import register
 
-    threading.Thread(target=register, args=(Product.MATRIX,), name="native products").start()
+    def compile_all() -> None:
+        with contextlib.suppress(Exception):  # `multiply` meets it again, and raises it
+            register(Product.MATRIX)
+
+    threading.Thread(target=compile_all, name="native products").start()
 
 
 def multiply(product: Product, left: Array, right: Array, sizes: Array, dtype: jnp.dtype) -> Array:

@@ -1,11 +1,13 @@
-"""Programs as users start them, in processes forked from one that has imported what they import.
+"""Programs by their command lines, in processes forked from one that has imported it all.
 
-Most of a short program's time is imports. The server that forks has touched no device.
+Most of a short program's time is imports. The server that forks has touched no device. Unlike a
+process of its own, one of these ends without running what is registered for Python's exit.
 """
 
 import multiprocessing
 import os
 import pathlib
+import re
 import runpy
 import sys
 import tempfile
@@ -20,6 +22,9 @@ import train.sample
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([__name__])
+
+ONE_DEVICE = re.sub("device_count=[0-9]+", "device_count=1", os.environ["XLA_FLAGS"])
+"""XLA's flags in these processes: any batch fits one device."""
 
 ROOT = pathlib.Path(__file__).parents[2]
 WAIT_S = 300
@@ -68,6 +73,7 @@ def _run(
 ) -> None:
     for number, file in ((1, out), (2, err)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.environ["XLA_FLAGS"] = ONE_DEVICE
     os.chdir(ROOT)
     if prepare is not None:
         prepare()

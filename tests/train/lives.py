@@ -8,7 +8,6 @@ import errno
 import functools
 import os
 import pathlib
-import re
 import subprocess
 import sys
 from multiprocessing.context import ForkServerProcess
@@ -18,8 +17,6 @@ import jax
 
 from tests.train import forked
 from train.run import Run
-
-ONE_DEVICE = re.sub("device_count=[0-9]+", "device_count=1", os.environ["XLA_FLAGS"])
 
 
 def begin(workdir: pathlib.Path, *flags: str, fail_at: int = 0) -> ForkServerProcess:
@@ -43,7 +40,7 @@ def begin_apart(workdir: pathlib.Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", *_arguments(workdir)],
         cwd=forked.ROOT,
-        env=os.environ | cache | {"XLA_FLAGS": ONE_DEVICE},
+        env=os.environ | cache | {"XLA_FLAGS": forked.ONE_DEVICE},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -64,7 +61,6 @@ def _arguments(workdir: pathlib.Path) -> list[str]:
 
 
 def _prepare(workdir: pathlib.Path, fail_at: int) -> None:
-    os.environ["XLA_FLAGS"] = ONE_DEVICE
     jax.config.update("jax_compilation_cache_dir", str(workdir.parent / "cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if fail_at:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import pathlib
+import subprocess
 import sys
 import types
 
@@ -119,6 +120,18 @@ def test_bad_input_ends_with_code_2_and_the_words_that_help(ended, case, words):
 def test_the_cases_are_all_judged(ended):
     assert {case for case, _ in JUDGED} == CASES.keys()
     assert all(result.err.count("error: ") == 1 for result in ended.values())
+
+
+def test_a_process_of_its_own_ends_in_order_too(tmp_path):
+    # Data are looked for when the native products are being compiled already, by a thread.
+    words = ["train", TINY, f"--workdir={tmp_path}/run", f"--config.data.sources={tmp_path}/none"]
+    done = subprocess.run(
+        [sys.executable, "-m", *words], cwd=forked.ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 2, done.stderr
+    assert f"{tmp_path}/none" in done.stderr
+    assert done.stderr.count("error: ") == 1
+    assert "Traceback" not in done.stderr
 
 
 def test_a_trace_is_shown_to_those_who_ask(tmp_path):
