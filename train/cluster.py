@@ -273,8 +273,9 @@ class Compiler:
     """
 
     def __init__(self) -> None:
-        # One thread: then all processes compile, and wait for each other, in the same order.
+        # One thread: then all processes compile in the same order.
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "compiler")
+        self._begun: list[concurrent.futures.Future[jax.stages.Compiled]] = []
 
     def __enter__(self) -> Compiler:
         """Itself."""
@@ -293,6 +294,7 @@ class Compiler:
             What waits until all processes have compiled it, and returns the program.
         """
         future = self._thread.submit(lowered.compile, compiler_options=options)
+        self._begun.append(future)
 
         @functools.cache  # so that processes wait for each other once
         def wait() -> jax.stages.Compiled:
@@ -301,6 +303,11 @@ class Compiler:
             return compiled
 
         return wait
+
+    def finish(self) -> None:
+        """Waits until all programs are compiled here; raises what the first that failed has."""
+        while self._begun:
+            self._begun.pop(0).result()
 
 
 def together(function: Callable[[], T]) -> T:

@@ -114,7 +114,8 @@ def _train_here(
             train_step = begin_train(run, example, compiler)
         evaluator = begin_evaluate(run, compiler)
         provenance.write_config(tree, workdir)
-        # All of them before any runs: the compiler of a GPU times kernels there.
+        # All of them before any runs, or processes meet: the compiler of a GPU times kernels there.
+        compiler.finish()
         passes = _Passes(train_step(), forward(), evaluator())
 
         # ------------------------------------------------------------ training, unless it is done

@@ -215,13 +215,26 @@ def test_what_the_compiler_raises_is_raised_where_the_program_is_wanted():
             wait()
 
 
+def test_the_first_failure_is_raised_before_later_programs_are_compiled():
+    programs = Lowered("first"), Lowered(ValueError("too large")), Lowered("third")
+    for program in programs[:2]:
+        program.go.set()
+    compiler = cluster.Compiler()
+    for program in programs:
+        compiler.begin(program)
+    with pytest.raises(ValueError, match="too large"):
+        compiler.finish()
+    programs[2].go.set()
+    compiler.finish()
+
+
 def test_a_compiler_that_is_left_begins_no_further_program():
     first, second = Lowered("first"), Lowered("second")
     with cluster.Compiler() as compiler:
         compiler.begin(first)
         compiler.begin(second)
         assert first.begun.wait(timeout=60)
-        threading.Timer(0.1, first.go.set).start()
+        threading.Timer(2.0, first.go.set).start()
     assert not second.begun.is_set()
 
 
