@@ -169,8 +169,7 @@ def finish(whole: Whole, workdir: pathlib.Path) -> None:
     check_same(whole, workdir)
 
 
-# A life takes seconds: few of them here, many in the soak.
-@pytest.mark.parametrize("moments", [12, pytest.param(200, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("moments", [20, pytest.param(200, marks=pytest.mark.soak)])
 def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_bits(whole, moments):
     found: list[str] = []
     failed: list[BaseException] = []

@@ -264,14 +264,13 @@ def test_a_killed_process_goes_on_and_its_losses_agree(finished, tmp_path):
     assert "resuming" in err
     assert "CheckpointManager" not in err  # what orbax tells of every file is not for the user
     assert "Traceback" not in err
-    # On one device of one, where the other run had one of eight: equal to rounding.
+    # Compiled as users' programs are, where the test's own process is not: equal to rounding.
     assert losses(workdir) == pytest.approx(losses(finished.workdir), rel=1e-4)
 
 
 def start(config, workdir):
     arguments = [f"--config={config}", f"--workdir={workdir}"]
-    one_device = re.sub("device_count=[0-9]+", "device_count=1", os.environ["XLA_FLAGS"])
-    environment = os.environ | {"XLA_FLAGS": one_device}
+    environment = os.environ | {"XLA_FLAGS": ""}
     return subprocess.Popen(
         [sys.executable, "-m", "train", *arguments],
         cwd=ROOT,
